@@ -1,0 +1,78 @@
+"""Distributions: NumPyro's, and ours.
+
+Everything in `numpyro.distributions` is here under its own name. `Simulator` is a draw without a
+density.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpyro.distributions as _numpyro
+from numpyro.distributions import *  # noqa: F403
+from numpyro.distributions import biject_to, constraints, transforms
+
+from abduce.errors import InvalidModel, NoDensity
+
+__all__ = [*_numpyro.__all__, "Simulator", "biject_to", "constraints", "transforms"]
+
+
+class Simulator(_numpyro.Distribution):
+    """A draw `f(key, *args)` of any JAX function, without a density.
+
+    It can be simulated and observed by methods that only simulate; whatever needs its density
+    raises `NoDensity`.
+
+    Args:
+        f: From a key and arrays to one array.
+        *args: Pytrees of arrays.
+
+    Example:
+        >>> d = dist.Simulator(lambda key, rate: jax.random.poisson(key, rate), 3.0)
+        >>> d.sample(jax.random.key(0)).shape
+        ()
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    support = None
+
+    def __init__(self, f: Any, *args: Any):
+        if not callable(f):
+            raise InvalidModel(f"dist.Simulator takes a function f(key, *args), got {f!r}.")
+        self.f, self.args = f, args
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        out = jax.eval_shape(f, key, *args)
+        if not hasattr(out, "shape"):
+            raise InvalidModel(
+                f"dist.Simulator: {getattr(f, '__name__', f)} must return one array, got "
+                f"{type(out).__name__}. Use one site per array."
+            )
+        self.value_dtype = out.dtype
+        super().__init__(batch_shape=(), event_shape=out.shape)
+
+    def sample(self, key, sample_shape=()):
+        if sample_shape == ():
+            return self.f(key, *self.args)
+        n = 1
+        for s in sample_shape:
+            n *= s
+        draws = jax.vmap(lambda k: self.f(k, *self.args))(jax.random.split(key, n))
+        return draws.reshape((*sample_shape, *self.event_shape))
+
+    def log_prob(self, value, intermediates=None):
+        raise NoDensity(
+            f"dist.Simulator({getattr(self.f, '__name__', self.f)}) has no density: it can be "
+            f"simulated but not scored."
+        )
+
+    def tree_flatten(self):
+        return (self.args,), (self.f, self.event_shape, self.value_dtype)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        d = cls.__new__(cls)
+        d.f, event_shape, d.value_dtype = aux
+        d.args = children[0]
+        _numpyro.Distribution.__init__(d, (), event_shape)
+        return d

@@ -1,0 +1,1 @@
+"""The language: sites, staging, the interpreter, traces and transformations."""

@@ -1,0 +1,313 @@
+"""Drawing and scoring: the handler behind `simulate`, `log_density`, `generate` and `update`.
+
+Each site gets its value from one place: an observation in the program, a supplied value (under a
+mask: in part), an unconstrained coordinate, or a fresh draw. Everything else is bookkeeping:
+
+    log_density = sum of all log densities (scaled, zero where guarded off)
+    weight      = the part that belongs to supplied values and observations
+
+With everything supplied, `weight == log_density`; with nothing supplied and nothing observed it is
+0. That is the importance weight of the prior as a proposal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import constraints
+
+from abduce.errors import MissingData, MissingKey, NoDensity
+from abduce.ppl.interpreter import address_key, broadcast_operand
+from abduce.ppl.site import Site, elementwise
+from abduce.ppl.support import bijection
+
+__all__ = ["Given", "Replay", "Sums", "log_density_of"]
+
+
+class Given(eqx.Module):
+    """What is supplied for one site, in physical layout.
+
+    Attributes:
+        value: The value, or unconstrained coordinates.
+        mask: Where the value counts as supplied (site batch shape); None for everywhere.
+        hidden: Unconstrained coordinates of the entries that the mask hides, or None.
+        unconstrained: `value` holds coordinates (then mask is None).
+        trusted: Known to lie in the support, so that no check is compiled.
+        shared: Not sliced by scans (parameters).
+    """
+
+    value: Any = None
+    mask: Any = None
+    hidden: Any = None
+    unconstrained: bool = eqx.field(default=False, static=True)
+    trusted: bool = eqx.field(default=False, static=True)
+    shared: bool = eqx.field(default=False, static=True)
+
+
+class Sums(eqx.Module):
+    """The accumulator: log density and importance weight, in nats; `None` is not tracked."""
+
+    log_density: Any = None
+    weight: Any = None
+
+    @classmethod
+    def zero(cls, *, log_density: bool = True, weight: bool = False) -> Sums:
+        zero = jnp.zeros((), jnp.result_type(float))
+        return cls(zero if log_density else None, zero if weight else None)
+
+    def add(self, total: Any, supplied: Any) -> Sums:
+        def plus(a, x):
+            return None if a is None or x is None else a + x.astype(a.dtype)
+
+        return Sums(
+            self.log_density if total is None else plus(self.log_density, total),
+            self.weight if supplied is None else plus(self.weight, supplied),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Draws what is not supplied, scores everything.
+
+    Attributes:
+        record: What to record per site, among 'value', 'score', 'unconstrained', 'missing',
+            'support'. 'missing' (scalar bool) says that an active entry had no value though none
+            may be drawn.
+        score: Whether densities are wanted at all (a draw from the prior needs none).
+        fill: Entries without a value that may not be drawn get this stand-in instead of an error:
+            'zero' in the constrained space of the support (used to lay out coordinates).
+        jacobian: Whether unconstrained coordinates add their log Jacobian determinant.
+        soft_missing: With no key, conditional sites without a value are recorded as missing
+            where they are active, instead of being an error.
+        predictive: Observations in the program are ignored: those sites are drawn anew.
+    """
+
+    record: frozenset[str] = frozenset({"value"})
+    score: bool = True
+    jacobian: bool = True
+    fill: bool = False
+    soft_missing: bool = False
+    predictive: bool = False
+
+    def site(self, site: Site, operands: Sequence[Any], given: Given | None, key: Any, acc: Sums):
+        if site.kind == "factor":
+            return self._factor(site, operands, acc)
+        if site.kind == "param":
+            value = operands[0] if given is None else given.value.astype(site.dtype)
+            return [value], acc, {"value": value} if "value" in self.record else None
+        if site.kind == "deterministic":
+            value = broadcast_operand(site, operands[0], 0)
+            record = {"value": value} if "value" in self.record else {}
+            return [value], acc, self._guard_record(site, operands, record)
+        return self._sample(site, operands, given, key, acc)
+
+    def _guard_record(self, site, operands, record):
+        if not record:
+            return None
+        if "guard" in site.roles:
+            i = site.roles.index("guard")
+            record["active"] = broadcast_operand(site, operands[i], i)
+        return record
+
+    def _factor(self, site, operands, acc):
+        score = elementwise(site, lambda ops: log_density_of(site, ops, None), operands)
+        total = jnp.sum(score)
+        record = {"score": score} if "score" in self.record else {}
+        return [], acc.add(total, total), self._guard_record(site, operands, record)
+
+    def _sample(self, site, operands, given, key, acc):
+        has_obs, has_obs_mask = "obs" in site.roles, "mask" in site.roles
+        if self.predictive:
+            has_obs = has_obs_mask = False
+        wholly_given = given is not None and given.mask is None
+        needs_draw = not (wholly_given or (has_obs and not has_obs_mask))
+        if needs_draw and given is not None and given.hidden is not None:
+            needs_draw = False
+        missing = None
+        if needs_draw and key is None and not self.fill:
+            if not (self.soft_missing and (site.branches or given is not None)):
+                raise _missing(site, given)
+            missing = True
+        keys = self._element_keys(site, key) if needs_draw and missing is None else None
+        value = given.value if given is not None else None
+        mask = given.mask if given is not None else None
+        hidden = given.hidden if given is not None else None
+
+        def element(ops, k, value, mask, hidden):
+            d = site.build(ops)
+            guard = site.operand(ops, "guard")
+            bij = None
+            jac = None
+            if hidden is not None or (value is not None and given.unconstrained):
+                bij = bijection(d, site)
+
+            def constrain(u):
+                x = bij(u)
+                return x, bij.log_abs_det_jacobian(u, x)
+
+            supplied: Any  # where the value is supplied: True, False or a mask
+            if has_obs and not has_obs_mask:
+                x, supplied, trusted = site.operand(ops, "obs"), True, False
+                x = jnp.broadcast_to(x, site.shape)
+            else:
+                if k is not None:
+                    x, supplied, trusted = _draw(d, k, site), False, True
+                elif hidden is not None:
+                    x, jac = constrain(hidden)
+                    supplied, trusted = False, True
+                else:
+                    x, supplied, trusted = _stand_in(d, site), False, True
+                if value is not None:
+                    if given.unconstrained:
+                        x, jac = constrain(value)
+                        supplied, trusted = True, True
+                    elif mask is None:
+                        x, supplied, trusted = value.astype(site.dtype), True, given.trusted
+                    else:
+                        x, supplied, trusted = _select(mask, value, x), mask, given.trusted
+                if has_obs_mask:
+                    m = site.operand(ops, "mask")
+                    x = _select(m, site.operand(ops, "obs"), x)
+                    supplied = m if supplied is False else (supplied | m)
+                    trusted = False
+            if guard is not None and jnp.issubdtype(site.dtype, jnp.inexact):
+                # A dead branch's value must not send NaN gradients back.
+                x = jnp.where(guard, x, jax.lax.stop_gradient(x))
+            out = {"value": x}
+            if self.score:
+                logp = _log_density(d, x, site, trusted)
+                if jac is not None and self.jacobian:
+                    jac = _sum_to(jac, len(site.batch_shape))
+                    covered = supplied if not (supplied is True or supplied is False) else None
+                    if covered is not None and hidden is not None:
+                        jac = jnp.where(covered, 0.0, jac)
+                    out["jacobian"] = _modified(site, ops, jac, scale=False)
+                out["score"] = _modified(site, ops, logp)
+                if supplied is True or supplied is False:
+                    out["supplied"] = out["score"] if supplied else None
+                else:
+                    out["supplied"] = jnp.where(supplied, out["score"], 0.0)
+            if missing is not None:
+                lack = jnp.asarray(True) if mask is None else jnp.any(~mask)
+                out["missing"] = lack if guard is None else lack & guard
+            if "unconstrained" in self.record:
+                b = bijection(d, site)
+                out["unconstrained"] = b._inverse(x)
+            if "support" in self.record:
+                out["support"] = _in_support(d, x, site)
+                out["log_prob_raw"] = d.log_prob(x) if site.spec.family != "Simulator" else x * 0
+            return out
+
+        out = elementwise(site, element, operands, keys, value, mask, hidden)
+        if self.score:
+            total = jnp.sum(out["score"])
+            if "jacobian" in out:
+                total = total + jnp.sum(out["jacobian"])
+            supplied = out["supplied"]
+            acc = acc.add(total, None if supplied is None else jnp.sum(supplied))
+        record = {name: out[name] for name in sorted(self.record) if name in out}
+        if "log_prob_raw" in out:
+            record["log_prob_raw"] = out["log_prob_raw"]
+        return [out["value"]], acc, self._guard_record(site, operands, record)
+
+    def _element_keys(self, site, key):
+        keys = address_key(key, site.address)
+
+        def over(keys, sizes):
+            if not sizes:
+                return keys
+            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            index = jnp.arange(sizes[0], dtype=jnp.uint32)
+            return jax.vmap(lambda k: over(k, sizes[1:]))(fold(keys, index))
+
+        return over(keys, site.axis_sizes)
+
+
+def _select(mask, a, b):
+    mask = mask.reshape(mask.shape + (1,) * (jnp.ndim(b) - jnp.ndim(mask)))
+    return jnp.where(mask, jnp.asarray(a).astype(b.dtype), b)
+
+
+def _draw(d, key, site):
+    try:
+        return jnp.asarray(d.sample(key)).astype(site.dtype)
+    except NotImplementedError:
+        raise NoDensity(
+            f"site {site.address!r} ({site.where}): {site.spec.family} cannot be drawn from (it is "
+            f'improper or has no sampler). Give it a value: given={{"{site.address}": ...}}, or use '
+            f"a method that only needs the density, such as ab.nuts."
+        ) from None
+
+
+def _stand_in(d, site):
+    """A value inside the support, for shapes only or for entries that do not count."""
+    if not jnp.issubdtype(site.dtype, jnp.inexact):
+        return jnp.zeros(site.shape, site.dtype)
+    b = bijection(d, site)
+    return b(jnp.zeros(b.inverse_shape(site.shape), site.dtype))
+
+
+def _modified(site, ops, logp, *, scale=True):
+    """Applies the scale and the guard of a site to a log density."""
+    c = site.operand(ops, "scale")
+    if scale and c is not None:
+        logp = logp * c
+    guard = site.operand(ops, "guard")
+    return logp if guard is None else jnp.where(guard, logp, 0.0)
+
+
+def _log_density(d, x, site, trusted):
+    logp = d.log_prob(x)
+    logp = jnp.broadcast_to(logp, site.batch_shape)
+    if trusted or not jnp.issubdtype(logp.dtype, jnp.inexact):
+        return logp
+    inside = _in_support(d, x, site)
+    return logp if inside is None else jnp.where(inside, logp, -jnp.inf)
+
+
+def _in_support(d, x, site):
+    """Whether each element is in the support; None where it always is."""
+    try:
+        support = d.support
+    except NotImplementedError:
+        return None
+    base = support
+    while hasattr(base, "base_constraint"):
+        base = base.base_constraint
+    if support is None or base in (constraints.real, constraints.real_vector):
+        return None
+    if constraints.is_dependent(support):
+        return None
+    inside = jnp.asarray(support(x))
+    while inside.ndim > len(site.batch_shape):
+        inside = inside.all(-1)
+    return inside
+
+
+def log_density_of(site: Site, ops: Sequence[Any], x: Any) -> Any:
+    """Log density of one element, scaled and guarded; of a factor if `x` is None."""
+    if site.kind == "factor":
+        return _modified(site, ops, jnp.asarray(ops[0]))
+    return _modified(site, ops, _log_density(site.build(ops), x, site, "obs" not in site.roles))
+
+
+def _sum_to(x, ndim):
+    x = jnp.asarray(x)
+    return jnp.sum(x, axis=tuple(range(ndim, x.ndim))) if x.ndim > ndim else x
+
+
+def _missing(site: Site, given: Given | None) -> Exception:
+    if given is not None:
+        return MissingData(
+            f"site {site.address!r} is given only in part (ab.masked), and its hidden entries need "
+            f"values. Give them, or use an operation that draws: m.generate(key, given, ...)."
+        )
+    return MissingKey(
+        f"site {site.address!r} ({site.where}) has no value, and no key to draw one was passed. "
+        f"Pass key=jax.random.key(0), or supply a value for {site.address!r}."
+    )
