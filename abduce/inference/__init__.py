@@ -1,0 +1,1 @@
+"""Inference: targets, algorithms, posteriors."""

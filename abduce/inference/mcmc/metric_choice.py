@@ -1,0 +1,210 @@
+"""Which linear map the draws of a warm-up window call for (numpy, on the host).
+
+Candidates, from draws `x` and gradients `g` of all chains, each chain centred on its own mean so
+that chains that have not met do not inflate the scales:
+
+- diagonal: standard deviations of `x` (Welford); or `sqrt(sd(x) / sd(g))`, which minimizes the
+  Fisher divergence to a standard normal;
+- dense: the covariance of `x`; or the geometric mean of `cov(x)` and `cov(g)^-1`, the minimizer of
+  the same divergence, exact for a Gaussian as soon as the draws span the space;
+- low rank, for large dimensions: the same inside the span of the extreme directions
+  (arXiv 2603.18845).
+
+None is best everywhere, so each is scored on draws it was not fitted to. Leapfrog steps per
+independent draw grow as the longest scale times the largest curvature, both seen through the map:
+`cost = sqrt(lambda_max(cov z) * lambda_max(cov grad_z))`, which is 1 for a whitened Gaussian.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .linear_map import LinearMap
+
+__all__ = ["Choice", "choose_metric", "inverse_hessian_map", "map_cost"]
+
+_WORTH_STRUCTURE = 0.9  # a structured map must cut the predicted cost to this share
+_SHRINK = 5.0  # draws' worth of the identity mixed into covariances, in scaled coordinates
+
+
+class Choice(NamedTuple):
+    """A fitted map."""
+
+    kind: str  # "diagonal", "low rank" or "dense"
+    metric: LinearMap  # numpy arrays, float64
+    cost: float  # predicted, of this map
+    current_cost: float  # predicted, of the map in use
+
+
+class _Pairs(NamedTuple):
+    """Centred draws and gradients, each `(num_pairs, dim)`."""
+
+    x: np.ndarray
+    g: np.ndarray
+
+
+def choose_metric(positions: np.ndarray, gradients: np.ndarray, current: LinearMap,
+                  dense_mass: bool | None) -> Choice:
+    """Picks and fits a map.
+
+    Args:
+        positions: Draws, shape `(num_chains, num_draws, dim)`.
+        gradients: Gradients of the log density there, same shape.
+        current: The map in use (its `factor` fixes the layout).
+        dense_mass: None to choose; False for a diagonal; True for a dense map.
+
+    Returns:
+        The choice, with predicted costs.
+    """
+    dim, rank = current.factor.shape
+    pairs = _centre(positions, gradients)
+    # chains drift slowly, so halves are interleaved blocks rather than first and second half
+    num_pairs = pairs.x.shape[0]
+    fold = (np.arange(num_pairs) // max(1, num_pairs // 20)) % 2 == 0
+    halves = [_Pairs(pairs.x[half], pairs.g[half]) for half in (fold, ~fold)]
+
+    candidates = {}
+    if dense_mass is not True:
+        candidates["diagonal"] = [_diagonal_welford, _diagonal_fisher]
+    if dense_mass is not False:
+        if rank == dim:
+            candidates["dense"] = [_dense_fisher, _dense_welford]
+        else:
+            candidates["low rank"] = [_low_rank_fisher]
+    scored = []
+    for kind, fits in candidates.items():
+        for fit in fits:
+            cost = np.sqrt(np.prod([_cost(fit(a, rank), b) for a, b in (halves, halves[::-1])]))
+            handicap = 1.0 if kind == "diagonal" or dense_mass else 1 / _WORTH_STRUCTURE
+            scored.append((cost * handicap, cost, kind, fit))
+    _, cost, kind, fit = min(scored, key=lambda entry: entry[0])
+    current_cost = np.sqrt(np.prod([_cost(current, half) for half in halves]))
+    return Choice(kind, fit(pairs, rank), float(cost), float(current_cost))
+
+
+def map_cost(metric: LinearMap, positions: np.ndarray, gradients: np.ndarray) -> float:
+    """The predicted cost of a map on draws; 1 is ideal."""
+    return _cost(metric, _centre(positions, gradients))
+
+
+def inverse_hessian_map(inverse_hessian: np.ndarray, rank: int) -> LinearMap:
+    """The map of an estimate of the covariance, diagonal where the layout is tall."""
+    scale = np.sqrt(np.diag(inverse_hessian))
+    if rank != inverse_hessian.shape[0]:
+        return _diagonal(scale, rank)
+    return _dense(inverse_hessian / np.outer(scale, scale), scale)
+
+
+def _centre(positions, gradients) -> _Pairs:
+    dim = positions.shape[-1]
+
+    def flat(a):
+        a = np.asarray(a, np.float64)
+        return (a - a.mean(1, keepdims=True)).reshape(-1, dim)
+
+    return _Pairs(flat(positions), flat(gradients))
+
+
+def _moment(a: np.ndarray) -> np.ndarray:
+    """Second moment, shrunk to the identity as if by `_SHRINK` draws of it at a small scale."""
+    num = a.shape[0]
+    return (a.T @ a + 1e-3 * _SHRINK * np.eye(a.shape[1])) / (num + _SHRINK)
+
+
+def _spread(a: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean(a * a, 0))
+
+
+def _fisher_scale(pairs: _Pairs) -> np.ndarray:
+    sd_x, sd_g = _spread(pairs.x), _spread(pairs.g)
+    usable = (sd_x > 0) & (sd_g > 0)
+    scale = np.sqrt(np.where(usable, sd_x, 1.0) / np.where(usable, sd_g, 1.0))
+    return np.where(usable, scale, np.where(sd_x > 0, sd_x, 1.0))
+
+
+def _diagonal(scale: np.ndarray, rank: int) -> LinearMap:
+    dim = scale.shape[0]
+    factor = np.diag(scale) if rank == dim else np.zeros((dim, rank))
+    return LinearMap(scale, factor, np.zeros(rank), np.array(False))
+
+
+def _dense(correlation: np.ndarray, scale: np.ndarray) -> LinearMap:
+    """From a covariance given as `diag(scale) correlation diag(scale)`."""
+    values, vectors = np.linalg.eigh(correlation)
+    values = np.maximum(values, 1e-14 * values[-1])
+    factor = scale[:, None] * (vectors * np.sqrt(values))
+    return LinearMap(scale, factor, np.zeros(len(scale)), np.array(True))
+
+
+def _diagonal_welford(pairs: _Pairs, rank: int) -> LinearMap:
+    num = pairs.x.shape[0]
+    sd_x, fisher = _spread(pairs.x), _fisher_scale(pairs)
+    # few draws lean on the gradients
+    return _diagonal((sd_x**num * fisher**_SHRINK) ** (1 / (num + _SHRINK))
+                     if num < 50 else np.where(sd_x > 0, sd_x, fisher), rank)
+
+
+def _diagonal_fisher(pairs: _Pairs, rank: int) -> LinearMap:
+    return _diagonal(_fisher_scale(pairs), rank)
+
+
+def _dense_welford(pairs: _Pairs, rank: int) -> LinearMap:
+    scale = _spread(pairs.x)
+    scale = np.where(scale > 0, scale, 1.0)
+    return _dense(_moment(pairs.x / scale), scale)
+
+
+def _dense_fisher(pairs: _Pairs, rank: int) -> LinearMap:
+    scale = _fisher_scale(pairs)
+    return _dense(_geometric_mean(_moment(pairs.x / scale), _moment(pairs.g * scale)), scale)
+
+
+def _geometric_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The positive definite `s` with `s b s = a`: the geometric mean of `a` and `b^-1`."""
+    values, vectors = np.linalg.eigh(b)
+    root = np.sqrt(np.maximum(values, 1e-14 * values[-1]))
+    half, inverse_half = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+    values, vectors = np.linalg.eigh(half @ a @ half)
+    middle = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    mean = inverse_half @ middle @ inverse_half
+    return 0.5 * (mean + mean.T)
+
+
+def _low_rank_fisher(pairs: _Pairs, rank: int) -> LinearMap:
+    scale = _fisher_scale(pairs)
+    x, g = pairs.x / scale, pairs.g * scale
+    columns = rank // 2
+    # directions of the largest spread of draws, and of gradients
+    spans = [np.linalg.svd(a, full_matrices=False)[2][:columns] for a in (x, g)]
+    basis = np.linalg.qr(np.concatenate(spans).T)[0]
+    mean = _geometric_mean(_moment(x @ basis), _moment(g @ basis))
+    values, vectors = np.linalg.eigh(mean)
+    values = np.where((values > 2) | (values < 0.5), np.maximum(values, 1e-10), 1.0)
+    factor, core = np.zeros((len(scale), rank)), np.zeros(rank)
+    factor[:, :basis.shape[1]] = basis @ vectors
+    core[:basis.shape[1]] = np.sqrt(values) - 1
+    return LinearMap(scale, factor, core, np.array(True))
+
+
+def _cost(metric: LinearMap, pairs: _Pairs) -> float:
+    x, g = _whiten(metric, pairs)
+    return float(np.sqrt(_largest(x) * _largest(g)))
+
+
+def _whiten(metric: LinearMap, pairs: _Pairs) -> _Pairs:
+    scale, factor, core = (np.asarray(a, np.float64) for a in metric[:3])
+    dim, rank = factor.shape
+    if not metric.is_structured:
+        return _Pairs(pairs.x / scale, pairs.g * scale)
+    if rank == dim:
+        return _Pairs(np.linalg.solve(factor, pairs.x.T).T, pairs.g @ factor)
+    x, g = pairs.x / scale, pairs.g * scale
+    return _Pairs(x - (x @ factor) * (core / (1 + core)) @ factor.T,
+                  g + (g @ factor) * core @ factor.T)
+
+
+def _largest(a: np.ndarray) -> float:
+    """The largest eigenvalue of the second moment."""
+    num, dim = a.shape
+    gram = a.T @ a if dim <= num else a @ a.T
+    return float(np.linalg.eigvalsh(gram / num)[-1])

@@ -1,0 +1,183 @@
+"""Running a model again at the draws of a posterior: predictions, likelihoods, prior draws."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abduce.errors import InvalidValue
+from abduce.inference.problem import Problem
+from abduce.ppl.operations import (
+    outside_scopes,
+    prepare_given,
+    run_program,
+    stage_operation,
+    typed_key,
+)
+from abduce.ppl.program import Arguments, Program, stage_packed
+from abduce.ppl.replay import Given, Replay
+from abduce.ppl.selection import matching
+
+__all__ = ["draw_prior", "log_likelihood", "observed_addresses", "predict"]
+
+_BATCH_ELEMENTS = 20_000_000  # numbers produced per step when batch_size is not given
+
+
+def _model_of(post: Any, model: Any, call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if post.arguments is None:
+        if model is None:
+            raise InvalidValue(
+                f"{call}: this posterior was loaded from disk, and models are code, which is not "
+                f"stored. Pass the model and its arguments: {call}(key, *args, model=m)."
+            )
+        return model, (), {}
+    own, args, kwargs = post.arguments.unpack()
+    return (own if model is None else model), args, kwargs
+
+
+def predict(
+    post: Any,
+    key: Any,
+    new_args: tuple[Any, ...],
+    new_kwargs: dict[str, Any],
+    *,
+    given: Mapping[str, Any] | None,
+    redraw: Any,
+    model: Any,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """See `Posterior.predict`."""
+    key = typed_key(key, "post.predict")
+    model, args, kwargs = _model_of(post, model, "post.predict")
+    if new_args or new_kwargs:
+        args, kwargs = new_args, new_kwargs
+    if model.algorithm is not None:
+        model = model.with_algorithm(None)
+    program, arguments = stage_operation(model, args, kwargs)
+    fixed = prepare_given(program, given)
+    latent = [a for a in post.draws if a not in post.deterministic]
+    chosen = matching(redraw, latent) if redraw else set()
+    stale = descendants(program, chosen) if chosen else set()
+    kept = {}
+    for address in latent:
+        info = program.sites.get(address)
+        if info is None or address in fixed or address in stale or info.kind != "sample":
+            continue
+        draws = post.draws[address]
+        if np.shape(draws)[2:] != info.shape:
+            raise InvalidValue(
+                f"post.predict: the draws of {address!r} have shape {np.shape(draws)[2:]}, but "
+                f"with these arguments the site has shape {info.shape}. To draw it anew from its "
+                f'prior given the rest (new groups, say), pass redraw="{address}".'
+            )
+        kept[address] = jnp.asarray(draws)
+    wanted = tuple(
+        a for a, s in program.sites.items()
+        if s.kind in ("sample", "deterministic") and a not in kept and a not in fixed
+    )  # fmt: skip
+    if not wanted:
+        raise InvalidValue(
+            f"post.predict: nothing in `{program.name}` is left to draw: every site has a draw or "
+            f'a given value. Choose latents to draw anew with redraw="...".'
+        )
+    replay = Replay(record=frozenset({"value"}), score=False, predictive=True)
+    out = run_at_draws(replay, wanted, "value", program, arguments, key, fixed, kept,
+                       (post.num_chains, post.num_draws), batch_size)  # fmt: skip
+    if post.log_weights is not None:
+        index = post._resampled
+        out = {a: x.reshape((-1, *x.shape[2:]))[index][None] for a, x in out.items()}
+    return out
+
+
+def descendants(program: Program, chosen: set[str]) -> set[str]:
+    """The chosen sites and the latents that depend on them."""
+    from abduce.ppl.graph import graph_of_program
+
+    graph = graph_of_program(program)
+    found, todo = set(chosen), list(chosen)
+    while todo:
+        for child in graph.children(todo.pop()):
+            if child not in found:
+                found.add(child)
+                todo.append(child)
+    return found
+
+
+def observed_addresses(post: Any) -> list[str]:
+    """Sites with data: given, or observed in the program."""
+    model, args, kwargs = post.arguments.unpack()
+    program, _ = stage_operation(model, args, kwargs)
+    return [a for a in program.sites if a in post.given or a in program.observed]
+
+
+def log_likelihood(post: Any, *, batch_size: int | None) -> dict[str, Any]:
+    """See `Posterior.log_likelihood`."""
+    model, args, kwargs = _model_of(post, None, "post.log_likelihood")
+    program, arguments = stage_operation(model, args, kwargs)
+    observed = tuple(observed_addresses(post))
+    fixed = {
+        a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws
+    }
+    kept = {
+        a: jnp.asarray(x) for a, x in post.draws.items() if a not in post.deterministic
+    }
+    replay = Replay(record=frozenset({"score"}))
+    return run_at_draws(replay, observed, "score", program, arguments, None, fixed, kept,
+                        (post.num_chains, post.num_draws), batch_size)  # fmt: skip
+
+
+def run_at_draws(
+    replay: Replay,
+    wanted: tuple[str, ...],
+    field: str,
+    program: Program,
+    arguments: Arguments,
+    key: Any,
+    fixed: dict[str, Given],
+    kept: dict[str, Any],
+    shape: tuple[int, int],
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Runs the program once per draw; returns `field` of the wanted sites."""
+    flat = {a: x.reshape((-1, *x.shape[2:])) for a, x in kept.items()}
+    per_draw = sum(math.prod(program.sites[a].shape) for a in wanted) + 1
+    total = shape[0] * shape[1]
+    if batch_size is None:
+        batch_size = max(1, min(total, _BATCH_ELEMENTS // per_draw))
+    with outside_scopes():
+        out = _run_at_draws(
+            replay, wanted, field, min(batch_size, total), total, arguments, key, fixed, flat
+        )
+    return {a: x.reshape((*shape, *x.shape[1:])) for a, x in out.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run_at_draws(replay, wanted, field, batch_size, total, arguments, key, fixed, flat):
+    program = stage_packed(arguments)
+
+    def one(i, values):
+        k = None if key is None else jax.random.fold_in(key, i)
+        inputs = {**fixed, **{a: Given(x, trusted=True) for a, x in values.items()}}
+        out = run_program(replay, program, arguments, k, inputs)
+        return {a: out["records"][a][field] for a in wanted}
+
+    index = jnp.arange(total, dtype=jnp.uint32)
+    if batch_size >= total:
+        return jax.vmap(one)(index, flat)
+    return jax.lax.map(lambda t: one(*t), (index, flat), batch_size=batch_size)
+
+
+def draw_prior(problem: Problem, key: Any, num_samples: int) -> dict[str, Any]:
+    """Independent draws of every unobserved site and deterministic, `(1, draw, ...)`."""
+    wanted = tuple(
+        a for a, s in problem.program.sites.items() if s.is_latent or s.kind == "deterministic"
+    )
+    replay = Replay(record=frozenset({"value"}), score=False)
+    return run_at_draws(replay, wanted, "value", problem.program, problem.arguments, key, {}, {},
+                        (1, num_samples), None)  # fmt: skip

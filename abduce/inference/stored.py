@@ -1,0 +1,71 @@
+"""Saving and loading posteriors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from abduce.errors import InvalidValue
+from abduce.inference.persistence import load_folder, save_folder
+from abduce.inference.posterior import Posterior
+
+__all__ = ["load", "save_posterior"]
+
+
+def save_posterior(post: Posterior, path: Any) -> Any:
+    """Writes a posterior as a folder; see `Posterior.save`."""
+    config = {
+        "given": {a: np.asarray(v) for a, v in post.given.items()},
+        "params": {a: np.asarray(v) for a, v in post.params.items()},
+        "diagnostics": {
+            k: v if isinstance(v, (str, int, float, bool)) or v is None else np.asarray(v)
+            for k, v in post.diagnostics.items()
+        },
+        "log_evidence": None if post.log_evidence is None else float(np.asarray(post.log_evidence)),
+        "warnings": list(post.warnings),
+        "coords": {k: [_plain(x) for x in v] for k, v in post.coords},
+        "dims": {k: list(v) for k, v in post.dims},
+        "deterministic": list(post.deterministic),
+        "algorithm": post.algorithm,
+    }
+    arrays = {f"draws/{a}": np.asarray(x) for a, x in post.draws.items()}
+    if post.log_weights is not None:
+        arrays["log_weights"] = np.asarray(post.log_weights)
+    return save_folder(path, "posterior", config, arrays)
+
+
+def _plain(x: Any) -> Any:
+    return x.item() if isinstance(x, np.generic) else x if isinstance(x, (int, float)) else str(x)
+
+
+def load(path: Any) -> Any:
+    """Reads what `save` wrote. Nothing in the folder is executed.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        A `Posterior` (without its model: pass `model=` to `predict`).
+
+    Raises:
+        LoadError: The folder is damaged, incomplete, or from a newer version; the message says
+            which.
+    """
+    kind, config, arrays = load_folder(path)
+    if kind != "posterior":
+        raise InvalidValue(f"ab.load: {path} holds a {kind!r}, which this version cannot load.")
+    return Posterior(
+        draws={n[len("draws/") :]: x for n, x in arrays.items() if n.startswith("draws/")},
+        log_weights=arrays.get("log_weights"),
+        log_evidence=config["log_evidence"],
+        params=config["params"],
+        diagnostics=config["diagnostics"],
+        arguments=None,
+        given=config["given"],
+        warnings=tuple(config["warnings"]),
+        coords=tuple((k, tuple(v)) for k, v in config["coords"].items()),
+        dims=tuple((k, tuple(v)) for k, v in config["dims"].items()),
+        deterministic=tuple(config["deterministic"]),
+        algorithm=config["algorithm"],
+    )

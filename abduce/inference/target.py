@@ -1,0 +1,332 @@
+"""The posterior of a model as a density over one flat vector of unconstrained coordinates.
+
+Gradient methods work on a single vector: thousands of scalar arguments would cost XLA seconds of
+compile time. A `FlatTarget` is hashable and takes the data as an argument, so that programs
+compiled for it are found again when only the data change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import biject_to, constraints
+
+from abduce.errors import InvalidAlgorithm, InvalidValue
+from abduce.inference.problem import Problem
+from abduce.ppl import _jax
+from abduce.ppl.operations import outside_scopes, run_program, to_physical
+from abduce.ppl.program import Arguments, Program, SiteInfo, Static, stage_packed
+from abduce.ppl.replay import Given, Replay
+from abduce.ppl.support import fixed_support, unconstrained_shape
+
+__all__ = ["FlatTarget", "Slot", "make_target"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one site lies in the flat vector.
+
+    Attributes:
+        address: Of the site.
+        shape: Of its coordinates, in the program's layout: scans, mapped axes, batch, coordinates.
+        start, stop: Range in the vector.
+        batch_ndim: Leading dimensions of `shape` that index elements.
+        hidden: For a partly observed site, the number of entries to infer; else None.
+    """
+
+    address: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    batch_ndim: int
+    hidden: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatTarget:
+    """Log density of a model over unconstrained coordinates; call it with `(data, q)`.
+
+    Attributes:
+        static: The static part of the packed model.
+        slots: The layout of the vector.
+        dim: Its length.
+    """
+
+    static: Static
+    slots: tuple[Slot, ...]
+    dim: int
+
+    def __call__(self, data: Any, q: Any) -> Any:
+        """Log density at `q`, shape `(dim,)`, including the log Jacobian; in nats."""
+        sites = self.program(data).sites
+        conditional = [s for s in self.slots if sites[s.address].conditional]
+        record = frozenset({"value"} if conditional else ())  # branches record `active` with it
+        out = self.run(Replay(record=record), data, q)
+        log_density = out["log_density"]
+        for slot in conditional:
+            active = sites[slot.address].to_physical(out["records"][slot.address]["active"])
+            log_density = log_density + self._inactive(slot, active, q)
+        return log_density
+
+    def _inactive(self, slot: Slot, active: Any, q: Any) -> Any:
+        """Coordinates of inactive sites get a standard normal density, so that the law is proper.
+
+        The active part keeps its marginal law (Carlin and Chib 1995).
+        """
+        u = q[slot.start : slot.stop].reshape(slot.shape)
+        logp = -0.5 * u**2 - 0.5 * math.log(2 * math.pi)
+        active = active.reshape(active.shape + (1,) * (logp.ndim - active.ndim))
+        return jnp.sum(jnp.where(active, 0.0, logp))
+
+    def program(self, data: Any) -> Program:
+        """The staged program."""
+        with outside_scopes():
+            return stage_packed(Arguments(self.static, data["dynamic"]))
+
+    def run(self, replay: Replay, data: Any, q: Any) -> dict[str, Any]:
+        """Interprets the model at `q`; per-site records come in the program's layout."""
+        with outside_scopes():
+            arguments = Arguments(self.static, data["dynamic"])
+            program = stage_packed(arguments)
+            inputs = dict(data["given"])
+            for slot in self.slots:
+                inputs[slot.address] = self._given(slot, data, q, inputs.get(slot.address))
+            return run_program(replay, program, arguments, None, inputs, physical=True)
+
+    def _given(self, slot: Slot, data: Any, q: Any, observed: Given | None) -> Given:
+        u = q[slot.start : slot.stop]
+        if slot.hidden is None:
+            return Given(u.reshape(slot.shape), unconstrained=True)
+        n = math.prod(slot.shape[: slot.batch_ndim])
+        width = math.prod(slot.shape[slot.batch_ndim :])
+        full = jnp.zeros((n, width), q.dtype)
+        full = full.at[data["hidden"][slot.address]].set(u.reshape(slot.hidden, width))
+        full = full.reshape(slot.shape)
+        value = None if observed is None else observed.value
+        mask = None if observed is None else observed.mask
+        return Given(value, mask, hidden=full)
+
+
+def hidden_index(info: SiteInfo, given: Given | None, program: Program) -> np.ndarray:
+    """Flat indices of the entries to infer, over the element dimensions in program layout."""
+    mask: Any
+    if given is not None:
+        mask = info.to_physical(given.mask)
+    else:
+        mask = program_mask(info)
+    if not _jax.is_concrete(mask):
+        raise InvalidAlgorithm(
+            f"site {info.address!r} is masked by a traced array. Gradient methods need to know how "
+            f"many entries are hidden: pass the mask as a concrete array, outside jit and vmap."
+        )
+    return np.flatnonzero(~np.asarray(mask).reshape(-1))
+
+
+def program_mask(info: SiteInfo) -> Any:
+    """A mask given with obs=ab.masked(...) inside the model is not visible from outside."""
+    raise InvalidAlgorithm(
+        f"site {info.address!r} ({info.site.where}) is partly observed inside the model. For "
+        f'gradient methods pass it from outside: given={{"{info.address}": ab.masked(...)}}.'
+    )
+
+
+def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]]:
+    """Lays out the latents of a problem.
+
+    Args:
+        problem: With continuous latents only.
+        name: Of the algorithm, for messages.
+
+    Returns:
+        The target, and the data it is called with.
+    """
+    problem.require_latents(name)
+    problem.require_continuous(name)
+    slots, hidden = [], {}
+    start = 0
+    for address, info in problem.latents.items():
+        site = info.site
+        scans = tuple(_scan_lengths(info))
+        element = unconstrained_shape(site)
+        batch_ndim = len(scans) + len(site.axes) + len(site.shape) - site.event_dim
+        shape = (*scans, *site.axis_sizes, *element)
+        count = None
+        given = problem.given.get(address)
+        if info.partial or (given is not None and given.mask is not None):
+            index = hidden_index(info, given, problem.program)
+            hidden[address] = jnp.asarray(index, jnp.int32)
+            count = len(index)
+            if count == 0:
+                continue
+            width = math.prod(shape[batch_ndim:])
+            size = count * width
+        else:
+            size = math.prod(shape)
+        slots.append(Slot(address, shape, start, start + size, batch_ndim, count))
+        start += size
+    if start == 0:
+        raise InvalidAlgorithm(f"{name}: the latents of `{problem.program.name}` are all empty.")
+    given = {
+        a: to_physical(problem.program.sites[a], g)
+        for a, g in problem.given.items()
+        if not any(s.address == a and s.hidden is None for s in slots)
+    }
+    data = {"dynamic": problem.arguments.dynamic, "given": given, "hidden": hidden}
+    return FlatTarget(problem.arguments.static, tuple(slots), start), data
+
+
+def _scan_lengths(info: SiteInfo) -> list[int]:
+    sizes = {p: n for p, n in zip(info.perm, info.shape, strict=True)}
+    return [sizes[i] for i in range(info.num_scans)]
+
+
+def constrain(
+    target: FlatTarget,
+    data: Any,
+    program: Program,
+    q: np.ndarray,
+    *,
+    batch: int = 512,
+) -> dict[str, Any]:
+    """Turns flat positions into draws of the sites, deterministics included.
+
+    Sites whose bijection is fixed are mapped all at once, without running the model: for many
+    scalar sites that saves most of the compile time. The model runs only if something depends on
+    other choices.
+
+    Args:
+        target, data: From `make_target`.
+        program: The staged program.
+        q: Positions, shape `(n, dim)`.
+        batch: Positions per compiled call.
+
+    Returns:
+        Draws by address, leading axis `n`, in the layout users see.
+    """
+    simple, rest = {}, []
+    for slot in target.slots:
+        info = program.sites[slot.address]
+        support = None if info.site.coords is not None else fixed_support(info.site)
+        if support is None or slot.hidden is not None:
+            rest.append(slot.address)
+        else:
+            simple[slot.address] = (slot, info, support)
+    extra = [a for a, s in program.sites.items() if s.kind == "deterministic"]
+    partly = [a for a, s in program.sites.items() if s.partial or _is_masked(data, a)]
+    wanted = tuple(dict.fromkeys([*rest, *partly, *extra]))
+    draws: dict[str, Any] = {}
+    for address, (slot, info, support) in simple.items():
+        u = q[:, slot.start : slot.stop].reshape((len(q), *slot.shape))
+        x = u if _is_real(support) else _apply(support, u)
+        draws[address] = _logical(info, x)
+    if wanted:
+        parts = []
+        for i in range(0, len(q), batch):
+            part = q[i : i + batch]
+            pad = batch - len(part) if len(q) > batch else 0
+            part = np.concatenate([part, np.repeat(part[-1:], pad, 0)]) if pad else part
+            out = _constrain(target, wanted, data, jnp.asarray(part))
+            parts.append(jax.tree.map(lambda x, pad=pad: np.asarray(x)[: len(x) - pad], out))
+        for address in wanted:
+            draws[address] = np.concatenate([p[address] for p in parts])
+    order = [a for a in program.sites if a in draws]
+    return {a: draws[a] for a in order}
+
+
+def _is_masked(data: Any, address: str) -> bool:
+    g = data["given"].get(address)
+    return g is not None and g.mask is not None
+
+
+def _is_real(support: Any) -> bool:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
+
+
+def _apply(support: Any, u: Any) -> Any:
+    return np.asarray(_apply_compiled(_Hashable(support), jnp.asarray(u)))
+
+
+class _Hashable:
+    """A constraint as a static argument: equal constraints share a compiled program."""
+
+    def __init__(self, support):
+        self.support = support
+
+    def __hash__(self):
+        return hash(repr(self.support))
+
+    def __eq__(self, other):
+        return isinstance(other, _Hashable) and repr(self.support) == repr(other.support)
+
+
+def _apply_now(hashable, u):
+    return biject_to(hashable.support)(u)
+
+
+_apply_compiled = jax.jit(_apply_now, static_argnums=0)
+
+
+def _logical(info: SiteInfo, x: Any) -> Any:
+    perm = (0, *(p + 1 for p in info.perm))
+    return x if perm == tuple(range(len(perm))) else np.transpose(x, perm)
+
+
+def _constrain_now(target, wanted, data, q):
+    def one(q):
+        out = target.run(Replay(record=frozenset({"value"}), score=False), data, q)
+        return {a: out["records"][a]["value"] for a in wanted}
+
+    return jax.vmap(one)(q)
+
+
+_constrain = jax.jit(_constrain_now, static_argnums=(0, 1))
+
+
+def unconstrain(target: FlatTarget, data: Any, problem: Problem, choices: dict[str, Any]) -> Any:
+    """Flat coordinates of a choice map that has every latent.
+
+    Raises:
+        InvalidValue: A latent is missing.
+    """
+    missing = [s.address for s in target.slots if s.address not in choices]
+    if missing:
+        raise InvalidValue(
+            f"init: no value for {', '.join(map(repr, missing))}. A choice map for init= has every "
+            f"latent; to start from a region instead, use init=ab.init.uniform(2.0)."
+        )
+    given = {
+        a: Given(problem.program.sites[a].to_physical(jnp.asarray(choices[a])), trusted=True)
+        for a in choices
+        if a in problem.latents
+    }
+    return _unconstrain(target, data, given)
+
+
+def _unconstrain_now(target, data, given):
+    with outside_scopes():
+        arguments = Arguments(target.static, data["dynamic"])
+        program = stage_packed(arguments)
+        inputs = {**data["given"], **given}
+        replay = Replay(record=frozenset({"unconstrained"}), score=False)
+        out = run_program(replay, program, arguments, None, inputs, physical=True)
+    parts = []
+    for slot in target.slots:
+        # Records are in the users' layout, with coordinates in the trailing dimensions.
+        info = program.sites[slot.address]
+        u = info.to_physical(out["records"][slot.address]["unconstrained"])
+        u = u.reshape(slot.shape)
+        if slot.hidden is not None:
+            n = math.prod(slot.shape[: slot.batch_ndim])
+            u = u.reshape(n, -1)[data["hidden"][slot.address]]
+        parts.append(u.reshape(-1))
+    return jnp.concatenate(parts)
+
+
+_unconstrain = jax.jit(_unconstrain_now, static_argnums=0)
