@@ -1,14 +1,103 @@
+"""abduce: a probabilistic programming language on JAX with amortized inference.
+
+Write a model as an ordinary Python/JAX function, swap the inference algorithm with a decorator.
+
+Example:
+    >>> import jax, jax.numpy as jnp, abduce as ab, abduce.dist as dist
+    >>> @ab.nuts(num_samples=1000)
+    ... @ab.model
+    ... def coin(n):
+    ...     p = ab.sample("p", dist.Beta(1, 1))
+    ...     return ab.sample("heads", dist.Binomial(n, probs=p))
+    >>> post = coin.posterior(jax.random.key(0), 10, given={"heads": 7})
+"""
+
+from importlib.metadata import PackageNotFoundError as _NotFound
+from importlib.metadata import version as _version
+
 from abduce import dist
-from abduce.errors import *
+from abduce.errors import (
+    AbduceError,
+    AbduceWarning,
+    Degenerate,
+    DiscreteLatent,
+    DuplicateAddress,
+    InitializationError,
+    InvalidAlgorithm,
+    InvalidModel,
+    InvalidValue,
+    MissingData,
+    MissingKey,
+    NoDensity,
+    NotFitted,
+    OutsideModel,
+    UnknownAddress,
+)
+from abduce.inference import init
+from abduce.inference.algorithm import Algorithm
+from abduce.inference.importance import importance
+from abduce.inference.laplace import laplace
+from abduce.inference.mcmc.algorithms import hmc, nuts
+from abduce.inference.mcmc.mh import mh
+from abduce.inference.posterior import Posterior
+from abduce.inference.stored import load
 from abduce.ppl.language import deterministic, factor, param, sample, scaled, scope, while_loop
 from abduce.ppl.masked import masked
 from abduce.ppl.model import Model, model
+from abduce.ppl.reparam import bijection, noncentered
 from abduce.ppl.selection import sel
 from abduce.ppl.trace import Trace
-from abduce.ppl.reparam import bijection, noncentered
 from abduce.ppl.transforms import condition, do, log_density, propose, reparam, with_prior
-from abduce.inference import init
-from abduce.inference.algorithm import Algorithm
-from abduce.inference.mcmc.algorithms import hmc, nuts
-from abduce.inference.posterior import Posterior
-from abduce.inference.stored import load
+
+try:
+    __version__ = _version("abduce")
+except _NotFound:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "AbduceError",
+    "AbduceWarning",
+    "Algorithm",
+    "Degenerate",
+    "DiscreteLatent",
+    "DuplicateAddress",
+    "InitializationError",
+    "InvalidAlgorithm",
+    "InvalidModel",
+    "InvalidValue",
+    "MissingData",
+    "MissingKey",
+    "Model",
+    "NoDensity",
+    "NotFitted",
+    "OutsideModel",
+    "Posterior",
+    "Trace",
+    "UnknownAddress",
+    "bijection",
+    "condition",
+    "deterministic",
+    "dist",
+    "do",
+    "factor",
+    "hmc",
+    "importance",
+    "init",
+    "laplace",
+    "load",
+    "log_density",
+    "masked",
+    "mh",
+    "model",
+    "noncentered",
+    "nuts",
+    "param",
+    "propose",
+    "reparam",
+    "sample",
+    "scaled",
+    "scope",
+    "sel",
+    "while_loop",
+    "with_prior",
+]

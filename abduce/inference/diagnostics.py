@@ -52,7 +52,7 @@ __all__ = [
 
 MIN_DRAWS = 4  # two a half: one lag
 TAIL = (0.05, 0.95)
-BLOCK = 1 << 20  # draws handled at a time: bounds memory, and keeps the work in cache
+BLOCK = 1 << 15  # draws handled at a time: bounds memory, and keeps the work in cache
 
 
 def ess_bulk(x) -> np.ndarray:
@@ -369,19 +369,20 @@ def _rank_normalize(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     size = flat.shape[1]
     order = np.argsort(flat, axis=1)
     ordered = np.take_along_axis(flat, order, axis=1)
-    index = np.arange(size)
-    twice = np.broadcast_to(2 * index, flat.shape)  # twice the rank, from 0: ties make halves
+    # there are only 2 S - 1 possible scores: cheaper to tabulate than to evaluate each
+    scores = ndtri((np.arange(2 * size - 1) / 2 + 1 - 3 / 8) / (size + 1 / 4))
     is_tie = ordered[:, 1:] == ordered[:, :-1]
     if is_tie.any():
+        index = np.arange(size)
         edge = np.ones((len(flat), 1), dtype=bool)
         first = np.maximum.accumulate(np.where(np.hstack([edge, ~is_tie]), index, 0), axis=1)
         last = np.where(np.hstack([~is_tie, edge]), index, size)
         last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
-        twice = first + last
-    # there are only 2 S - 1 possible scores: cheaper to tabulate than to evaluate each
-    scores = ndtri((np.arange(2 * size - 1) / 2 + 1 - 3 / 8) / (size + 1 / 4))
+        ranked = scores[first + last]  # the middle of a run of ties, in halves
+    else:
+        ranked = np.broadcast_to(scores[::2], flat.shape)
     z = np.empty_like(flat)
-    np.put_along_axis(z, order, scores[twice], axis=1)
+    np.put_along_axis(z, order, ranked, axis=1)
     return z.reshape(a.shape), ordered
 
 
@@ -425,8 +426,9 @@ def _ess(a: np.ndarray) -> np.ndarray:
     centred = a - means
     length = next_fast_len(2 * n, real=True)  # zero padding keeps the correlation linear
     spectrum = rfft(centred, n=length, axis=2)
-    power = (spectrum.real**2 + spectrum.imag**2).mean(axis=1)  # chains are averaged in here,
-    acov = irfft(power, n=length, axis=1)[:, :n] / n  # so one inverse transform an element
+    # the transform is linear: chains are averaged here, for one inverse transform an element
+    power = np.einsum("pmf,pmf->pf", spectrum, spectrum.conj()).real / m
+    acov = irfft(power, n=length, axis=1)[:, :n] / n
     within = acov[:, :1] * n / (n - 1)
     pooled = acov[:, :1] + (means[:, :, 0].var(axis=1, ddof=1)[:, None] if m > 1 else 0.0)
     rho = 1 - (within - acov) / pooled

@@ -150,6 +150,7 @@ class Replay:
                 x = bij(u)
                 return x, bij.log_abs_det_jacobian(u, x)
 
+            out: dict[str, Any] = {}
             supplied: Any  # where the value is supplied: True, False or a mask
             if has_obs and not has_obs_mask:
                 x, supplied, trusted = site.operand(ops, "obs"), True, False
@@ -175,10 +176,11 @@ class Replay:
                     x = _select(m, site.operand(ops, "obs"), x)
                     supplied = m if supplied is False else (supplied | m)
                     trusted = False
+                    out["mask"] = m
             if guard is not None and jnp.issubdtype(site.dtype, jnp.inexact):
                 # A dead branch's value must not send NaN gradients back.
                 x = jnp.where(guard, x, jax.lax.stop_gradient(x))
-            out = {"value": x}
+            out["value"] = x
             if self.score:
                 logp = _log_density(d, x, site, trusted)
                 if jac is not None and self.jacobian:

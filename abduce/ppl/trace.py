@@ -24,7 +24,7 @@ from abduce.ppl.selection import matching
 
 __all__ = ["Trace"]
 
-TRACE_RECORD = frozenset({"value", "score"})
+TRACE_RECORD = frozenset({"value", "score", "mask"})
 
 
 class Trace(eqx.Module):
@@ -40,6 +40,7 @@ class Trace(eqx.Module):
             included. They sum to `log_density`.
         active: For sites in branches, whether they counted, per mapped element.
         params: Values of the `ab.param` sites.
+        masks: For sites observed in part, where.
     """
 
     arguments: Arguments
@@ -50,6 +51,7 @@ class Trace(eqx.Module):
     scores: dict[str, Any]
     active: dict[str, Any]
     params: dict[str, Any]
+    masks: dict[str, Any]
     _log_density: Any
 
     @property
@@ -170,7 +172,9 @@ class Trace(eqx.Module):
         trace = make_trace(program, self.arguments, out)
         kept = jnp.zeros((), jnp.result_type(float))
         for address, score in self.scores.items():
-            if address in chosen and address not in self.observed:
+            if address in chosen:
+                if address in self.masks:
+                    kept = kept + jnp.sum(jnp.where(self.masks[address], score, 0.0))
                 continue
             if address in trace.active and address in self.choices:
                 on = trace.active[address]
@@ -234,6 +238,7 @@ def make_trace(program: Program, arguments: Arguments, out: dict[str, Any]) -> T
         scores={a: r["score"] for a, r in records.items() if "score" in r},
         active={a: r["active"] for a, r in records.items() if "active" in r},
         params=values(lambda s: s.kind == "param"),
+        masks={a: r["mask"] for a, r in records.items() if "mask" in r},
         _log_density=jnp.nan if log_density is None else log_density,
     )
 

@@ -140,7 +140,7 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
         raise InvalidAlgorithm(
             f"{name} adapts between compiled calls, so it cannot run inside jax.jit or jax.vmap. "
             f"Loop over the data sets in Python: with equal shapes nothing is compiled again. "
-            f"ab.importance and ab.laplace can be mapped."
+            f"ab.importance can be mapped."
         )
     target, data = make_target(problem, name)
     propose, describe = starting_points(alg.init, problem, target, data, alg.num_chains, name)

@@ -1,0 +1,297 @@
+"""`ab.mh`: Metropolis-Hastings with models as proposals."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abduce.errors import InitializationError, InvalidAlgorithm, InvalidValue
+from abduce.inference.algorithm import Algorithm, algorithm, check_count
+from abduce.inference.posterior import Posterior, make_posterior
+from abduce.inference.problem import Problem
+from abduce.ppl.masked import Masked
+from abduce.ppl.model import Model
+from abduce.ppl.transforms import condition
+
+__all__ = ["mh"]
+
+_CHUNK = 250  # iterations per compiled call: bounds device memory, and lets an interrupt through
+_TRIES = 64  # prior draws per chain among which a starting point is sought, per attempt
+
+
+@algorithm
+class mh(Algorithm):
+    """Metropolis-Hastings; any model over any subset of the latents is a proposal.
+
+    One iteration applies each proposal once. A proposal is called as `q(given, *args)`, where
+    `given` holds the observed values and the current state, and proposes values for the addresses
+    it samples; the move is accepted with the ratio of Metropolis et al. (1953) and Hastings (1970),
+    `p(new) q(old | new) / (p(old) q(new | old))`. Discrete and continuous latents are alike.
+
+    Args:
+        proposal: A Model, or a tuple of Models applied in turn. None: every latent in turn is
+            drawn afresh from its prior given the rest (single-site Metropolis-Hastings).
+        num_warmup: Iterations that are dropped.
+        num_samples: Iterations that are kept, before thinning.
+        num_chains: Chains.
+        thinning: Keep each n-th draw.
+        init: Starting points: a choice map (a chain axis allowed), a Model, a Posterior, or
+            `ab.init.prior()`. None: prior draws with a finite density.
+
+    Diagnostics: `acceptance_rate` per iteration, `lp`, and `num_nan`, the proposals rejected
+    because a density was NaN.
+
+    Example:
+        >>> @ab.model
+        ... def walk(given, *args):
+        ...     ab.sample("mu", dist.Normal(given["mu"], 0.5))
+        >>> post = ab.mh(proposal=walk)(model).posterior(key, given={"y": y})
+    """
+
+    proposal: Any = None
+    num_warmup: int = 1000
+    num_samples: int = 1000
+    num_chains: int = 4
+    thinning: int = 1
+    init: Any = None
+
+    def __post_init__(self):
+        check_count("mh", "num_warmup", self.num_warmup, 0)
+        for field in ("num_samples", "num_chains", "thinning"):
+            check_count("mh", field, getattr(self, field))
+        if self.thinning > self.num_samples:
+            raise InvalidAlgorithm(
+                f"ab.mh: thinning={self.thinning} keeps no draw of num_samples={self.num_samples}."
+            )
+
+    def run(self, problem: Problem, key: Any) -> Posterior:
+        problem.require_latents("ab.mh")
+        proposals = _as_proposals(self.proposal)
+        given = {
+            a: g.value if g.mask is None else Masked(g.value, g.mask)
+            for a, g in problem.given.items()
+        }
+        observed = {a: v for a, v in given.items() if not isinstance(v, Masked)}
+        model = condition(problem.model, given) if given else problem.model
+        _, arguments = model._stage(problem.args, problem.kwargs)
+        setup = (arguments, proposals, observed)
+        key_init, key_run = jax.random.split(key)
+        state = _start(self, problem, setup, key_init)
+        parts: list[Any] = []
+        messages: list[str] = []
+        done = -self.num_warmup
+        kept = self.num_samples // self.thinning
+        try:
+            while done < kept:
+                count = min(_CHUNK, -done) if done < 0 else _CHUNK
+                thinning = 1 if done < 0 else self.thinning
+                call_key = jax.random.fold_in(key_run, len(parts) + done + self.num_warmup)
+                state, out = _advance(_CHUNK, count, thinning, setup, state, call_key)
+                if done >= 0:
+                    parts.append(out if problem.is_traced else jax.device_get(out))
+                done = 0 if done < 0 and done + count >= 0 else done + count
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            messages.append(
+                f"ab.mh: interrupted after {len(parts) * _CHUNK} of {kept} draws per chain; those "
+                f"are returned."
+            )
+        join = jnp.concatenate if problem.is_traced else np.concatenate
+        draws, stats = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
+        order = [a for a in problem.program.sites if a in draws]
+        if not problem.is_traced:
+            messages += _messages(stats)
+        stats["num_nan"] = stats["num_nan"].sum()
+        return make_posterior(
+            problem, {a: draws[a] for a in order}, algorithm="mh", diagnostics=stats,
+            messages=messages,
+        )  # fmt: skip
+
+
+def _messages(stats: dict[str, Any]) -> list[str]:
+    rate = np.asarray(stats["acceptance_rate"]).mean(1)
+    messages = []
+    stuck = np.flatnonzero(rate < 0.005)
+    if len(stuck):
+        messages.append(
+            f"ab.mh: chains {stuck.tolist()} accepted {rate[stuck].max():.1%} of the proposals and "
+            f"are stuck. Propose smaller moves or fewer sites at once, or use ab.nuts for "
+            f"continuous latents."
+        )
+    nans = int(np.asarray(stats["num_nan"]).sum())
+    if nans:
+        messages.append(
+            f"ab.mh: {nans} proposals were rejected because a density was NaN. Look for invalid "
+            f"operations in the model."
+        )
+    return messages
+
+
+def _as_proposals(proposal: Any) -> tuple[Model, ...]:
+    proposals = () if proposal is None else proposal
+    proposals = proposals if isinstance(proposals, (tuple, list)) else (proposals,)
+    for q in proposals:
+        if not isinstance(q, Model):
+            raise InvalidAlgorithm(
+                f"ab.mh: proposal= takes models called as q(given, *args), got {type(q).__name__}. "
+                f"Decorate the function with @ab.model."
+            )
+    return tuple(q.with_algorithm(None) if q.algorithm is not None else q for q in proposals)
+
+
+def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:
+    n = alg.num_chains
+    init = alg.init
+    if isinstance(init, dict):
+        trace, _ = _generate_at(n, setup, _chain_values(init, problem, n), key)
+        values = np.asarray(trace._log_density)
+        if not problem.is_traced and not np.isfinite(values).all():
+            raise InitializationError(
+                f"ab.mh: init= has log density {values[~np.isfinite(values)][0]} in chain "
+                f"{int(np.argmin(np.isfinite(values)))}. Start inside the support."
+            )
+        return trace
+    for attempt in range(20):
+        k = jax.random.fold_in(key, attempt)
+        if init is None or type(init).__name__ == "Prior":
+            trace, ok = _generate_prior(n, setup, k)
+        else:
+            draws = _init_draws(init, problem, n, k)
+            trace, ok = _generate_at(n, setup, draws, k)
+        if problem.is_traced or bool(np.all(ok)):
+            return trace
+    raise InitializationError(
+        f"ab.mh: no starting point with a finite log density among {20 * _TRIES} prior draws per "
+        f"chain: the data are far from what the prior expects. Pass init= a choice map with "
+        f"plausible values."
+    )
+
+
+def _init_draws(init: Any, problem: Problem, n: int, key: Any) -> dict[str, Any]:
+    if isinstance(init, Posterior):
+        return {a: x for a, x in init.sample(key, n).items() if a in problem.latents}
+    if isinstance(init, Model):
+        given = {a: g.value for a, g in problem.given.items() if g.mask is None}
+        traces = [
+            init.simulate(k, given, *problem.args, **problem.kwargs).choices
+            for k in jax.random.split(key, n)
+        ]
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *traces)
+    raise InvalidAlgorithm(
+        f"ab.mh: init= takes a choice map, a Model, a Posterior or ab.init.prior(), got {init!r}."
+    )
+
+
+def _chain_values(init: dict[str, Any], problem: Problem, n: int) -> dict[str, Any]:
+    from abduce.ppl.operations import unknown_address
+
+    out = {}
+    for address, value in init.items():
+        info = problem.latents.get(address)
+        if info is None:
+            raise unknown_address(address, problem.program, "init")
+        value = jnp.asarray(value)
+        if value.shape == info.shape:
+            value = jnp.broadcast_to(value, (n, *info.shape))
+        if value.shape != (n, *info.shape):
+            raise InvalidValue(
+                f'init["{address}"] has shape {value.shape}, expected {info.shape}, or '
+                f"{(n, *info.shape)} with a value per chain."
+            )
+        out[address] = value
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate_at(n, setup, values, key):
+    model, args, kwargs = setup[0].unpack()
+
+    def one(key, values):
+        return model.generate(key, values, *args, **kwargs)[0]
+
+    trace = jax.vmap(one)(jax.random.split(key, n), values)
+    return trace, jnp.isfinite(trace._log_density)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate_prior(n, setup, key):
+    model, args, kwargs = setup[0].unpack()
+
+    def chain(key):
+        draw = lambda k: model.generate(k, {}, *args, **kwargs)[0]  # noqa: E731
+        traces = jax.vmap(draw)(jax.random.split(key, _TRIES))
+        ok = jnp.isfinite(traces._log_density)
+        return jax.tree.map(lambda x: x[jnp.argmax(ok)], traces), ok.any()
+
+    return jax.vmap(chain)(jax.random.split(key, n))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(size, count, thinning, setup, state, key):
+    arguments, proposals, observed = setup
+    model, args, kwargs = arguments.unpack()
+    partial = {a for a, s in model.program(*args, **kwargs).sites.items() if s.partial}
+
+    def select(ok, new, old):
+        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+    def accept(key, new, old, log_ratio):
+        nan = jnp.isnan(log_ratio)
+        log_ratio = jnp.where(nan, -jnp.inf, log_ratio)
+        ok = jnp.log(jax.random.uniform(key)) < log_ratio
+        return select(ok, new, old), ok, nan
+
+    def propose(q, key, trace):
+        k1, k2, k3 = jax.random.split(key, 3)
+        moved = q.simulate(k1, {**observed, **trace.choices}, *args, **kwargs)
+        if both := sorted(partial & set(moved.choices)):
+            raise InvalidAlgorithm(
+                f"ab.mh: the proposal covers {both}, which are partly observed. Leave them to "
+                f"their prior (proposal=None), or make the hidden entries a site of their own."
+            )
+        new, log_weight, _ = trace.update(moved.choices, key=k2)
+        back = {a: trace.choices[a] for a in moved.choices}
+        reverse = q.log_density(back, {**observed, **new.choices}, *args, **kwargs)
+        return accept(k3, new, trace, log_weight + reverse - moved._log_density)
+
+    def refresh(address, key, trace):
+        k1, k2 = jax.random.split(key)
+        new, log_weight = trace.regenerate(k1, address)
+        return accept(k2, new, trace, log_weight)
+
+    def iterate(trace, key):
+        moves = [functools.partial(propose, q) for q in proposals] or [
+            functools.partial(refresh, a) for a in trace.choices
+        ]
+        oks, nans = [], []
+        for move, k in zip(moves, jax.random.split(key, len(moves)), strict=True):
+            trace, ok, nan = move(k, trace)
+            oks.append(ok)
+            nans.append(nan)
+        return trace, jnp.mean(jnp.stack(oks).astype(jnp.float32)), jnp.stack(nans).sum()
+
+    def chain(trace, key):
+        def step(trace, i):
+            def inner(j, carry):
+                trace, rate, nans = carry
+                k = jax.random.fold_in(jax.random.fold_in(key, i), j)
+                trace, ok, nan = iterate(trace, k)
+                return trace, rate + ok / thinning, nans + nan
+
+            n = jnp.where(i < count, thinning, 0)
+            trace, rate, nans = jax.lax.fori_loop(
+                0, n, inner, (trace, jnp.float32(0), jnp.int32(0))
+            )
+            stats = {"acceptance_rate": rate, "lp": trace._log_density, "num_nan": nans}
+            return trace, ({**trace.choices, **trace.deterministics}, stats)
+
+        return jax.lax.scan(step, trace, jnp.arange(size))
+
+    keys = jax.random.split(key, jax.tree.leaves(state)[0].shape[0])
+    return jax.vmap(chain)(state, keys)
+
