@@ -41,13 +41,15 @@ from abduce.inference.mcmc.algorithms import hmc, nuts
 from abduce.inference.mcmc.mh import mh
 from abduce.inference.posterior import Posterior
 from abduce.inference.stored import load
-from abduce.ppl.language import deterministic, factor, param, sample, scaled, scope, while_loop
+from abduce.ppl.inside import log_density, propose
+from abduce.ppl.language import deterministic, factor, sample, scaled, scope, while_loop
 from abduce.ppl.masked import masked
 from abduce.ppl.model import Model, model
+from abduce.ppl.parameters import param
 from abduce.ppl.reparam import bijection, noncentered
 from abduce.ppl.selection import sel
 from abduce.ppl.trace import Trace
-from abduce.ppl.transforms import condition, do, log_density, propose, reparam, with_prior
+from abduce.ppl.transforms import condition, do, reparam, with_prior
 
 try:
     __version__ = _version("abduce")

@@ -77,10 +77,8 @@ def algorithm(cls: type[T]) -> type[T]:
         changed = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if f.name in _ARRAY_FIELDS
-            and getattr(self, f.name) is not None
-            or f.name not in _ARRAY_FIELDS
-            and getattr(self, f.name) != f.default
+            if (f.name in _ARRAY_FIELDS and getattr(self, f.name) is not None)
+            or (f.name not in _ARRAY_FIELDS and getattr(self, f.name) != f.default)
         ]
         return f"ab.{type(self).__name__}({', '.join(changed)})"
 

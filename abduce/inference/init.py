@@ -136,9 +136,7 @@ def _from_choices(
             )
     return np.stack(
         [
-            np.asarray(
-                unconstrain(target, data, problem, {a: v[i] for a, v in chains.items()})
-            )
+            np.asarray(unconstrain(target, data, problem, {a: v[i] for a, v in chains.items()}))
             for i in range(num_chains)
         ]
     )

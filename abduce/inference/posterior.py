@@ -118,9 +118,7 @@ class Posterior(eqx.Module):
         total = self.num_chains * self.num_draws
         p = None if self.log_weights is None else jnp.asarray(self._weights)
         index = jax.random.choice(key, total, (n,), p=p)
-        return {
-            a: jnp.asarray(x).reshape((-1, *x.shape[2:]))[index] for a, x in self.draws.items()
-        }
+        return {a: jnp.asarray(x).reshape((-1, *x.shape[2:]))[index] for a, x in self.draws.items()}
 
     # ---------------------------------------------------------------- expectations
 

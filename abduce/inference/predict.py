@@ -121,12 +121,8 @@ def log_likelihood(post: Any, *, batch_size: int | None) -> dict[str, Any]:
     model, args, kwargs = _model_of(post, None, "post.log_likelihood")
     program, arguments = stage_operation(model, args, kwargs)
     observed = tuple(observed_addresses(post))
-    fixed = {
-        a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws
-    }
-    kept = {
-        a: jnp.asarray(x) for a, x in post.draws.items() if a not in post.deterministic
-    }
+    fixed = {a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws}
+    kept = {a: jnp.asarray(x) for a, x in post.draws.items() if a not in post.deterministic}
     replay = Replay(record=frozenset({"score"}))
     return run_at_draws(replay, observed, "score", program, arguments, None, fixed, kept,
                         (post.num_chains, post.num_draws), batch_size)  # fmt: skip

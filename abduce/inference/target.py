@@ -114,11 +114,7 @@ class FlatTarget:
 
 def hidden_index(info: SiteInfo, given: Given | None, program: Program) -> np.ndarray:
     """Flat indices of the entries to infer, over the element dimensions in program layout."""
-    mask: Any
-    if given is not None:
-        mask = info.to_physical(given.mask)
-    else:
-        mask = program_mask(info)
+    mask = program_mask(info) if given is None else info.to_physical(given.mask)
     if not _jax.is_concrete(mask):
         raise InvalidAlgorithm(
             f"site {info.address!r} is masked by a traced array. Gradient methods need to know how "

@@ -142,29 +142,10 @@ class _Where:
         return len(self.scans)
 
 
-class _Cell:
-    """A mutable reference: all that was ever written to it."""
-
-    def __init__(self, depth: int):
-        self.depth = depth
-        self.labels: set[Label] = set()
-
-    def write(self, labels: Labels, depth: int) -> None:
-        self.labels |= labels
-        for scan in range(self.depth, depth):  # a later step may read it
-            self.labels |= _aged(labels, scan)
-
-    def read(self, depth: int) -> Labels:
-        return frozenset(
-            Label(x.source, min(x.depth, depth), frozenset(s for s in x.past if s < depth))
-            for x in self.labels
-        )
-
-
 class _Walk:
     def __init__(self, visit: Callable[[Visit], Iterable[Label]]):
         self.visit = visit
-        self.cells: dict[Hashable, _Cell] = {}
+        self.cells: dict[Hashable, Labels] = {}  # of each mutable reference, by ident
 
     def run(self, jaxpr: Any, values: Sequence[_Value], where: _Where) -> list[_Value]:
         inner, _ = _jax.inner_jaxpr(jaxpr)
@@ -219,7 +200,8 @@ class _Walk:
             outs = self.run(eqn.params["jaxpr"], [*consts, *carry, *xs], inside)
             return outs, [_Value(_aged(v.labels, depth), v.ident) for v in outs[:nk]]
 
-        carry, outs = self.fixpoint(step, init, length)
+        carry, outs = self.fixpoint(step, init, max(length, 1), depth)
+        self.cells = {k: _left(labels, depth) for k, labels in self.cells.items()}
         last = [
             start
             if length == 0 or after.ident == before.ident
@@ -245,21 +227,23 @@ class _Walk:
             for start, before, after in zip(init, carry, outs, strict=True)
         ]
 
-    def fixpoint(self, step, init, limit):
+    def fixpoint(self, step, init, limit, scan=None):
         """Runs `step(carry) -> (result, next carry)` until no label set grows, or `limit` times."""
-        cells = list(self.cells.values())
         carry = [_Value(v.labels, object()) for v in init]
+        known = list(self.cells)
+        written = dict(self.cells)
         for rounds in itertools.count(1):
-            sizes = [len(c.labels) for c in cells]
             result, new = step(carry)
             grown = [
                 a if a.ident == b.ident else _Value(a.labels | b.labels, a.ident)
                 for a, b in zip(carry, new, strict=True)
             ]
-            stable = grown == carry and sizes == [len(c.labels) for c in cells]
-            if stable or (limit is not None and rounds >= limit):
+            before, written = written, {k: self.cells[k] for k in known}
+            if (grown == carry and written == before) or rounds == limit:
                 return carry, result
             carry = grown
+            if scan is not None:
+                self.cells.update({k: _aged(self.cells[k], scan) for k in known})
 
     def cond(self, eqn, vals, where):
         predicate, *operands = vals
@@ -279,22 +263,16 @@ class _Walk:
 
     def reference(self, eqn, vals, where):
         """Reads and writes of mutable references: whoever reads gets all that was written."""
-        cells = [
-            self.cells.setdefault(v.ident, _Cell(where.depth))
-            for a, v in zip(eqn.invars, vals, strict=True)
-            if _is_ref(a)
-        ]
-        labels = _union((*(v.labels for v in vals), *(c.read(where.depth) for c in cells)))
+        cells = [v.ident for a, v in zip(eqn.invars, vals, strict=True) if _is_ref(a)]
+        held = (self.cells.get(c, _NONE) for c in cells)
+        labels = _union((*(v.labels for v in vals), *held))
         if eqn.primitive.name != "get":
-            for cell in cells:
-                cell.write(labels | where.guards, where.depth)
-        outs = []
-        for var in eqn.outvars:
-            out = _Value(labels, object())
+            for c in cells:
+                self.cells[c] = labels | where.guards
+        outs = [_Value(labels, object()) for _ in eqn.outvars]
+        for var, out in zip(eqn.outvars, outs, strict=True):
             if _is_ref(var):
-                cell = self.cells[out.ident] = _Cell(where.depth)
-                cell.write(labels, where.depth)
-            outs.append(out)
+                self.cells[out.ident] = labels
         return outs
 
 

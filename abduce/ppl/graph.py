@@ -24,11 +24,15 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+from numpyro.distributions import Delta, Distribution, ImproperUniform, MaskedDistribution, Unit
+
 from abduce.errors import InvalidValue, UnknownAddress, suggest
 from abduce.ppl.dataflow import Label, Visit, propagate
 from abduce.ppl.model import Model
 from abduce.ppl.program import Program, SiteInfo
 from abduce.ppl.selection import matching
+from abduce.ppl.site import DistSpec
 
 __all__ = ["Edge", "Graph", "GraphAxis", "GraphSite", "graph"]
 
@@ -49,8 +53,8 @@ class GraphAxis:
 
     def __str__(self) -> str:
         if self.kind == "scan":
-            return f"scan, {self.size} steps"
-        return f"{self.name or self.kind} × {self.size}"
+            return f"scan: {self.size}"
+        return f"{self.name or self.kind}: {self.size}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,19 +383,22 @@ def _groups(
     return groups
 
 
-_UNNORMALIZED = ("MaskedDistribution", "ImproperUniform", "Unit")
-
-
-def _may_be_unnormalized(spec: Any) -> bool:
+def _may_be_unnormalized(spec: DistSpec) -> bool:
     """Whether a distribution's density may integrate to something that depends on its parents."""
-    stack = [spec.treedef]
-    while stack:
-        node = stack.pop()
-        data = node.node_data()
-        if data is not None and isinstance(data[0], type) and data[0].__name__ in _UNNORMALIZED:
+    for d in _parts(jax.tree.unflatten(spec.treedef, spec.static)):
+        if isinstance(d, (MaskedDistribution, ImproperUniform, Unit)):
             return True
-        stack.extend(node.children())
+        if isinstance(d, Delta) and not (isinstance(d.log_density, float) and d.log_density == 0):
+            return True
     return False
+
+
+def _parts(d: Distribution) -> Iterable[Distribution]:
+    """A distribution and those it is made of."""
+    yield d
+    for x in jax.tree.leaves(d, is_leaf=lambda x: isinstance(x, Distribution) and x is not d):
+        if isinstance(x, Distribution):
+            yield from _parts(x)
 
 
 def _disjoint(**sets: set[str]) -> None:

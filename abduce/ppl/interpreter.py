@@ -219,8 +219,11 @@ def _scan(handler: Handler, eqn: Any, vals: list[Any], state: State) -> list[Any
         outs = walk(handler, body_jaxpr, [*consts, *values, *xs_t], inner)
         return (outs[:nk], inner.acc), (outs[nk:], inner.records)
 
-    avals = [v.aval for v in _jax.inner_jaxpr(body_jaxpr)[0].invars[nc : nc + nk]]
-    init = [x if hasattr(x, "dtype") else jnp.asarray(x, v.dtype) for x, v in zip(init, avals)]
+    carried = _jax.inner_jaxpr(body_jaxpr)[0].invars[nc : nc + nk]
+    init = [
+        x if hasattr(x, "dtype") else jnp.asarray(x, v.aval.dtype)  # a literal of the program
+        for x, v in zip(init, carried, strict=True)
+    ]
     (carry, acc), (ys, records) = jax.lax.scan(
         body,
         (init, state.acc),
@@ -297,9 +300,9 @@ def _remat(handler: Handler, eqn: Any, jaxpr: Any, vals: list[Any], state: State
         return outs, inner.acc, inner.records
 
     mine = {a: state.inputs[a] for a in sorted(addresses(jaxpr)) if a in state.inputs}
-    outs, state.acc, records = jax.checkpoint(run, policy=p["policy"], prevent_cse=p["prevent_cse"])(
-        vals, state.key, mine, state.acc
-    )
+    outs, state.acc, records = jax.checkpoint(
+        run, policy=p["policy"], prevent_cse=p["prevent_cse"]
+    )(vals, state.key, mine, state.acc)
     _add_records(state, records)
     return outs
 
@@ -370,7 +373,9 @@ def _vmapped_cond_element(branches, index, operands):
             for x in operands
         ]
         outs.append(walk(_Guard(on, group, i), branch, safe, State(None, {}, ())))
-    return [jax.lax.select_n(index, *(jnp.asarray(o) for o in out)) for out in zip(*outs, strict=True)]
+    return [
+        jax.lax.select_n(index, *(jnp.asarray(o) for o in out)) for out in zip(*outs, strict=True)
+    ]
 
 
 _jax.set_cond_batcher(lambda branches: any(has_sites(b) for b in branches), _vmapped_cond_element)

@@ -1,4 +1,4 @@
-"""What a model is written with: `sample`, `factor`, `deterministic`, `param`, `scope`, `scaled`,
+"""What a model is written with: `sample`, `factor`, `deterministic`, `scope`, `scaled` and
 `while_loop`.
 
 Each binds a site (see `abduce.ppl.site`) into the program being staged; none draws or scores
@@ -19,22 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import Distribution
 
-from abduce.errors import InvalidModel, InvalidValue, MissingData
+from abduce.errors import InvalidModel, InvalidValue
 from abduce.ppl import _jax
+from abduce.ppl.checks import check_finite, check_parameters, check_support, checked_mask, coerce
 from abduce.ppl.data import as_data
+from abduce.ppl.masked import Masked
+from abduce.ppl.naming import absolute, dim_names, path_text
 from abduce.ppl.site import Site, as_float, bind, take_apart, user_location
 
-__all__ = ["deterministic", "factor", "param", "sample", "scaled", "scope", "while_loop"]
-
-
-def absolute(name: Any) -> str:
-    """The address of `name` in the current scope."""
-    if not isinstance(name, str) or not name:
-        raise InvalidModel(
-            f"an address is a non-empty string, got {name!r} ({user_location()}). "
-            f'Write ab.sample("mu", dist.Normal(0, 1)).'
-        )
-    return "/".join((*_jax.scope_context.value, name))
+__all__ = ["deterministic", "factor", "sample", "scaled", "scope", "while_loop"]
 
 
 class scope(contextlib.ContextDecorator):
@@ -166,29 +159,17 @@ def sample(
         )
     observed = [None] * len(leaves) if obs is None else treedef.flatten_up_to(obs)
     values = [
-        _sample_one(f"{address}/{_path(path)}", leaf, o, None, grad)
+        _sample_one(f"{address}/{path_text(path)}", leaf, o, None, grad)
         for (path, leaf), o in zip(leaves, observed, strict=True)
     ]
     return jax.tree.unflatten(treedef, values)
 
 
-def _path(path: Sequence[Any]) -> str:
-    parts = []
-    for entry in path:
-        for attr in ("key", "name", "idx"):
-            if hasattr(entry, attr):
-                parts.append(str(getattr(entry, attr)))
-                break
-    return "/".join(parts)
-
-
 def _sample_one(address: str, d: Any, obs: Any, dims: Any, grad: Any) -> Any:
     where = user_location()
-    _check_parameters(address, d, where)
+    check_parameters(address, d, where)
     mask = None
     if obs is not None:
-        from abduce.ppl.masked import Masked
-
         if isinstance(obs, Masked):
             obs, mask = obs.values, obs.observed
         obs = as_data(obs)
@@ -203,7 +184,7 @@ def _sample_one(address: str, d: Any, obs: Any, dims: Any, grad: Any) -> Any:
         event_dim=len(d.event_shape),
         roles=("leaf",) * len(leaves),
         spec=spec,
-        dims=_dim_names(address, dims, len(shape), where),
+        dims=dim_names(address, dims, len(shape), where),
         where=where,
         grad=grad,
     )
@@ -221,44 +202,6 @@ def _sample_one(address: str, d: Any, obs: Any, dims: Any, grad: Any) -> Any:
     return bind(site, operands)
 
 
-def checked_mask(site: Site, mask: Any, where: str) -> Any:
-    """A mask of the site's batch shape; a mask inside an event is refused."""
-    shape = jnp.shape(mask)
-    if shape == site.full_shape and site.event_dim and site.axis_sizes + site.batch_shape != shape:
-        raise InvalidValue(
-            f"masked value of site {site.address!r} ({where}): the mask has shape {shape}, which "
-            f"reaches inside one event of {site.spec.family if site.spec else ''}, shape "
-            f"{site.shape[len(site.batch_shape):]}. Its conditional has no general form; observe "
-            f"whole events (mask shape {site.axis_sizes + site.batch_shape}), or write the event "
-            f"as several sites."
-        )
-    want = site.axis_sizes + site.batch_shape
-    if shape != want:
-        raise InvalidValue(
-            f"masked value of site {site.address!r} ({where}): the mask has shape {shape}, "
-            f"expected {want}."
-        )
-    return jnp.asarray(mask, bool)
-
-
-def _check_parameters(address: str, d: Any, where: str) -> None:
-    """Distribution parameters that are known now must lie in their constraints."""
-    from numpyro.distributions import constraints
-
-    for name, constraint in getattr(type(d), "arg_constraints", {}).items():
-        value = d.__dict__.get(name)
-        if value is None or not isinstance(value, (int, float, np.ndarray, np.generic)):
-            continue  # traced, or on a device: checked by the densities it gives
-        if constraints.is_dependent(constraint) or isinstance(value, bool):
-            continue
-        ok = np.asarray(constraint(np.asarray(value)))
-        if not ok.all():
-            raise InvalidModel(
-                f"site {address!r} ({where}): {type(d).__name__} got {name}={value}, which must "
-                f"satisfy {constraint}."
-            )
-
-
 def _expand_to(address: str, d: Any, obs_shape: tuple[int, ...], where: str) -> Any:
     event_dim = len(d.event_shape)
     head = obs_shape[: len(obs_shape) - event_dim]
@@ -273,18 +216,6 @@ def _expand_to(address: str, d: Any, obs_shape: tuple[int, ...], where: str) -> 
             f"batch shape {tuple(d.batch_shape)} and event shape {tuple(d.event_shape)}."
         ) from None
     return d if batch == tuple(d.batch_shape) else d.expand(batch)
-
-
-def _dim_names(address: str, dims: Any, ndim: int, where: str) -> tuple[str | None, ...]:
-    if dims is None:
-        return (None,) * ndim
-    dims = (dims,) if isinstance(dims, str) else tuple(dims)
-    if len(dims) != ndim:
-        raise InvalidModel(
-            f"site {address!r} ({where}): dims={dims} names {len(dims)} dimensions, the value has "
-            f"{ndim}. Axes of vmap are named by jax.vmap(..., axis_name=)."
-        )
-    return dims
 
 
 @functools.lru_cache(maxsize=4096)
@@ -321,90 +252,6 @@ def _value_dtype(d: Any, spec: Any, leaves: Sequence[Any], address: str, where: 
         return jnp.result_type(int) if discrete else jnp.result_type(float)
 
 
-def coerce(value: Any, dtype: Any, address: str, *, what: str) -> Any:
-    """Casts data to the site's dtype where that loses nothing; otherwise an error."""
-    have = jnp.result_type(value)
-    dtype = jnp.dtype(dtype)
-    if jax.dtypes.issubdtype(have, jax.dtypes.prng_key):
-        raise InvalidValue(f"{what} is a random key, expected {dtype} values.")
-    if jnp.issubdtype(dtype, jnp.inexact) or have == dtype:
-        return value if have == dtype else jnp.asarray(value).astype(dtype)
-    if have == jnp.bool_ or jnp.issubdtype(have, jnp.integer):
-        if dtype == jnp.bool_ and _jax.is_concrete(value) and not np.isin(value, (0, 1)).all():
-            raise InvalidValue(f"{what} has values other than 0 and 1.")
-        return jnp.asarray(value).astype(dtype)
-    if _jax.is_concrete(value):
-        rounded = np.asarray(value)
-        finite = np.isfinite(rounded)
-        if (rounded[finite] == np.floor(rounded[finite])).all():
-            return jnp.asarray(np.where(finite, rounded, 0)).astype(dtype)
-        raise InvalidValue(
-            f"{what} must be whole numbers ({dtype}), got {have} with fractional values."
-        )
-    raise InvalidValue(
-        f"{what} must have dtype {dtype}, got {have}. Convert it: x.astype({dtype.name!r})."
-    )
-
-
-def check_finite(value: Any, address: str, mask: Any, what: str) -> None:
-    """NaN in observed data is an error (where it is known now and not masked)."""
-    if not _jax.is_concrete(value) or (mask is not None and not _jax.is_concrete(mask)):
-        return
-    array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.inexact):
-        return
-    bad = np.isnan(array)
-    if mask is not None:
-        bad &= np.asarray(mask).reshape(np.shape(mask) + (1,) * (array.ndim - np.ndim(mask)))
-    if bad.any():
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise MissingData(
-            f"{what} has {int(bad.sum())} NaN among {array.size} values, first at index {first}. "
-            f'To infer those, pass {{"{address}": ab.masked(y, observed=~jnp.isnan(y))}}.'
-        )
-
-
-def check_support(d: Any, value: Any, mask: Any, what: str) -> None:
-    """Observed data outside a support that is known now is an error."""
-    support = static_support(d)
-    if support is None or not _jax.is_concrete(value):
-        return
-    if mask is not None and not _jax.is_concrete(mask):
-        return
-    ok = np.asarray(support(np.asarray(value)))
-    if mask is not None:
-        m = np.asarray(mask)
-        while ok.ndim > m.ndim:
-            ok = ok.all(-1)
-        ok = ok | ~m
-    if not ok.all():
-        first = tuple(int(i) for i in np.argwhere(~ok)[0])
-        shown = np.asarray(value)[first] if first else np.asarray(value)
-        raise InvalidValue(
-            f"{what}: value {shown} at index {first} is outside the support of "
-            f"{type(d).__name__} ({support}); {int((~ok).sum())} of {ok.size} values are. Correct "
-            f"the data, or use a distribution with a wider support."
-        )
-
-
-def static_support(d: Any) -> Any | None:
-    """The support, if it does not depend on traced parameters and is not the whole space."""
-    from numpyro.distributions import constraints
-
-    try:
-        support = d.support
-    except NotImplementedError:
-        return None
-    if support is None or constraints.is_dependent(support):
-        return None
-    if any(not _jax.is_concrete(x) for x in jax.tree.leaves(support)):
-        return None
-    base = support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
-    return None if base in (constraints.real, constraints.real_vector) else support
-
-
 def factor(name: str, logw: Any) -> None:
     """Adds `logw` to the log density.
 
@@ -437,68 +284,11 @@ def deterministic(name: str, value: Any, *, dims: Any = None) -> Any:
     out = []
     for path, leaf in leaves:
         leaf = jnp.asarray(leaf)
-        here = f"{address}/{_path(path)}" if path else address
-        names = _dim_names(here, dims, leaf.ndim, where)
+        here = f"{address}/{path_text(path)}" if path else address
+        names = dim_names(here, dims, leaf.ndim, where)
         site = Site(
             "deterministic", here, leaf.shape, leaf.dtype, roles=("leaf",), dims=names, where=where
         )
-        out.append(bind(site, [leaf]))
-    return jax.tree.unflatten(treedef, out)
-
-
-def param(name: str, init: Any, constraint: Any = None, *, dims: Any = None) -> Any:
-    """A learnable value without density.
-
-    It has one value however often it is met under `vmap` or `scan`. Operations take `params=`;
-    without it, the initial value is used.
-
-    Args:
-        name: The address.
-        init: An array, or any pytree (Equinox and Flax NNX modules included): each inexact array
-            leaf is learnable, at `"name/path"`; other leaves pass through unchanged.
-        constraint: A NumPyro constraint that every leaf satisfies; real by default.
-        dims: Names of the value's dimensions.
-
-    Returns:
-        The value, with the structure of `init`.
-    """
-    address, where = absolute(name), user_location()
-    if type(init).__module__.startswith("flax.nnx") or _is_nnx(init):
-        from flax import nnx
-
-        graph, state = nnx.split(init)
-        return nnx.merge(graph, _param_tree(address, state, constraint, dims, where))
-    return _param_tree(address, init, constraint, dims, where)
-
-
-def _is_nnx(tree: Any) -> bool:
-    return any(c.__module__.startswith("flax.nnx") for c in type(tree).__mro__)
-
-
-def _param_tree(address: str, init: Any, constraint: Any, dims: Any, where: str) -> Any:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(init)
-    out = []
-    for path, leaf in leaves:
-        is_number = isinstance(leaf, (float, jax.Array, np.ndarray, np.floating))
-        if isinstance(leaf, (int, float)) and not isinstance(leaf, bool) and not path:
-            leaf, is_number = as_float(leaf), True
-        if not is_number or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            out.append(leaf)
-            continue
-        here = f"{address}/{_path(path)}" if path else address
-        leaf = jnp.asarray(leaf)
-        if (
-            constraint is not None
-            and _jax.is_concrete(leaf)
-            and not np.asarray(constraint(leaf)).all()
-        ):
-            raise InvalidModel(
-                f"param {here!r} ({where}): the initial value {leaf} does not satisfy {constraint}."
-            )
-        site = Site(
-            "param", here, leaf.shape, leaf.dtype, roles=("leaf",), where=where,
-            constraint=constraint, dims=_dim_names(here, dims, leaf.ndim, where),
-        )  # fmt: skip
         out.append(bind(site, [leaf]))
     return jax.tree.unflatten(treedef, out)
 
@@ -540,5 +330,3 @@ def while_loop(
     final, _ = jax.lax.scan(step, init, None, length=int(max_steps))
     factor(name, jnp.where(cond(final), -jnp.inf, 0.0))
     return final
-
-

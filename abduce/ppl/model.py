@@ -60,9 +60,7 @@ class Model(eqx.Module):
 
     def with_algorithm(self, algorithm: Any) -> Model:
         """The same model with another algorithm attached (or none)."""
-        return eqx.tree_at(
-            lambda m: m.algorithm, self, algorithm, is_leaf=lambda x: x is None
-        )
+        return eqx.tree_at(lambda m: m.algorithm, self, algorithm, is_leaf=lambda x: x is None)
 
     def simulate(
         self, key: Any, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any
@@ -212,9 +210,7 @@ def absent(info: Any) -> Given:
     """No value at all, for a site that may turn out to be inactive."""
     import jax.numpy as jnp
 
-    return Given(
-        jnp.zeros(info.shape, info.dtype), jnp.zeros(info.shape[: info.batch_ndim], bool)
-    )
+    return Given(jnp.zeros(info.shape, info.dtype), jnp.zeros(info.shape[: info.batch_ndim], bool))
 
 
 def proposal_inputs(
@@ -279,5 +275,3 @@ def model(f: Callable[..., Any]) -> Model:
     if not callable(f):
         raise InvalidModel(f"ab.model takes a function, got {f!r}.")
     return FunctionModel(f)
-
-

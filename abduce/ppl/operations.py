@@ -13,9 +13,9 @@ import numpy as np
 
 from abduce.errors import InvalidValue, MissingData, MissingKey, NoDensity, UnknownAddress, suggest
 from abduce.ppl import _jax
+from abduce.ppl.checks import check_finite, check_support, coerce, static_support
 from abduce.ppl.data import as_data
 from abduce.ppl.interpreter import State, walk
-from abduce.ppl.language import check_finite, check_support, coerce, static_support
 from abduce.ppl.masked import Masked
 from abduce.ppl.program import Arguments, Program, SiteInfo, stage, stage_packed
 from abduce.ppl.replay import Given, Replay, Sums
@@ -142,9 +142,7 @@ def to_physical(info: SiteInfo, g: Given) -> Given:
     def move(x):
         return None if x is None else info.to_physical(x)
 
-    return Given(
-        move(g.value), move(g.mask), move(g.hidden), g.unconstrained, g.trusted, g.shared
-    )
+    return Given(move(g.value), move(g.mask), move(g.hidden), g.unconstrained, g.trusted, g.shared)
 
 
 def describe_sites(program: Program) -> str:
@@ -231,7 +229,7 @@ def prepare_one(program: Program, address: str, value: Any, where: str) -> Given
     if d is not None:
         check_support(d, value, mask, label)
         known = _jax.is_concrete(value) and (mask is None or _jax.is_concrete(mask))
-        trusted = known or static_support(d) is None and not depends(d)
+        trusted = known or (static_support(d) is None and not depends(d))
     return Given(jnp.asarray(value), None if mask is None else jnp.asarray(mask), trusted=trusted)
 
 
@@ -289,7 +287,8 @@ def prepare_params(program: Program, params: Mapping[str, Any] | None) -> dict[s
         if info is None or info.kind != "param":
             known = ", ".join(program.of_kind("param")) or "none"
             raise UnknownAddress(
-                f'params["{address}"] matches no parameter of `{program.name}` (there are: {known}).'
+                f'params["{address}"] matches no parameter of `{program.name}` '
+                f"(there are: {known})."
             )
         value = as_data(value)
         if np.shape(value) != info.shape:

@@ -24,7 +24,7 @@ from abduce.ppl.data import as_data
 from abduce.ppl.interpreter import loop_error
 from abduce.ppl.site import Site, has_sites, site_p
 
-__all__ = ["Arguments", "Program", "SiteInfo", "pack", "stage"]
+__all__ = ["Arguments", "Program", "SiteInfo", "pack", "relative", "stage"]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -248,6 +248,15 @@ def stage_packed(arguments: Arguments) -> Program:
     return _analysed(traced.jaxpr, jax.tree.structure(traced.out_info), name)
 
 
+def relative(program: Program) -> Program:
+    """A program staged inside another one, with addresses relative to the current scope."""
+    n = sum(len(s) + 1 for s in _jax.scope_context.value)
+    if not n:
+        return program
+    sites = {a[n:]: s for a, s in program.sites.items()}
+    return Program(program.jaxpr, program.out_tree, sites, program.name)
+
+
 def _explain(error: Exception, name: str) -> InvalidModel:
     line = next(
         (
@@ -325,8 +334,7 @@ def site_table(jaxpr: Any, name: str) -> dict[str, SiteInfo]:
             raise DuplicateAddress(
                 f"address {site.address!r} occurs twice in `{name}`: {seen.site.where} and "
                 f"{site.where}. Give the sites different names, or put one in "
-                f'`with ab.scope("..."):`.'
-                + _map_hint(seen.site, site)
+                f'`with ab.scope("..."):`.' + _map_hint(seen.site, site)
             )
         if (seen.shape, seen.dtype, seen.kind) != (info.shape, info.dtype, info.kind):
             raise InvalidValue(
@@ -384,5 +392,3 @@ def _info(site: Site, scans: tuple[int, ...], conditional: bool) -> SiteInfo:
         num_scans=n,
         site=site,
     )
-
-

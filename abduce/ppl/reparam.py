@@ -86,7 +86,9 @@ def _standardizer(d: Any, c: float) -> T.Transform | None:
         if name in ("Exponential", "Gamma"):
             scale = 1 / scale
         positive = T.ExpTransform()
-        return T.ComposeTransform([positive, T.AffineTransform(0.0, scale, domain=positive.codomain)])
+        return T.ComposeTransform(
+            [positive, T.AffineTransform(0.0, scale, domain=positive.codomain)]
+        )
     if isinstance(d, TransformedDistribution) or name == "LogNormal":
         base = _standardizer(d.base_dist, c)
         return None if base is None else T.ComposeTransform([base, *d.transforms])

@@ -240,9 +240,10 @@ def _draw(d, key, site):
         return jnp.asarray(d.sample(key)).astype(site.dtype)
     except NotImplementedError:
         raise NoDensity(
-            f"site {site.address!r} ({site.where}): {site.spec.family} cannot be drawn from (it is "
-            f'improper or has no sampler). Give it a value: given={{"{site.address}": ...}}, or use '
-            f"a method that only needs the density, such as ab.nuts."
+            f"site {site.address!r} ({site.where}): {site.spec.family} cannot be drawn from (it "
+            f"is improper or has no sampler). Give it a value: "
+            f'given={{"{site.address}": ...}}, or use a method that only needs the density, such '
+            f"as ab.nuts."
         ) from None
 
 

@@ -20,7 +20,16 @@ import numpy as np
 from abduce.errors import InvalidModel, OutsideModel
 from abduce.ppl import _jax
 
-__all__ = ["Axis", "DistSpec", "Site", "bind", "elementwise", "has_sites", "site_p", "user_location"]
+__all__ = [
+    "Axis",
+    "DistSpec",
+    "Site",
+    "bind",
+    "elementwise",
+    "has_sites",
+    "site_p",
+    "user_location",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +60,9 @@ class DistSpec:
 
     def build(self, leaves: Sequence[Any]) -> Any:
         it = iter(leaves)
-        d = jax.tree.unflatten(self.treedef, [next(it) if s is _OPERAND else s for s in self.static])
+        d = jax.tree.unflatten(
+            self.treedef, [next(it) if s is _OPERAND else s for s in self.static]
+        )
         inner = d
         while inner is not None:  # NumPyro's own validation costs equations; we check ourselves
             inner._validate_args = False
@@ -164,7 +175,9 @@ class Site:
     def build(self, operands: Sequence[Any]) -> Any:
         """The element's distribution, from the operands of one element."""
         assert self.spec is not None
-        return self.spec.build([x for x, r in zip(operands, self.roles, strict=True) if r == "leaf"])
+        return self.spec.build(
+            [x for x, r in zip(operands, self.roles, strict=True) if r == "leaf"]
+        )
 
 
 def elementwise(site: Site, fn: Callable[..., Any], operands: Sequence[Any], *extra: Any) -> Any:
@@ -220,9 +233,7 @@ def _batch(axis_data, args, dims, *, site):
                 f"axis, but a parameter has one value. Compute the initial value outside the vmap."
             )
         return site_p.bind(*moved, site=site), [None]
-    axis = Axis(
-        axis_data.size, _jax.axis_name_of(axis_data), _jax.scan_depth_context.value, mapped
-    )
+    axis = Axis(axis_data.size, _jax.axis_name_of(axis_data), _jax.scan_depth_context.value, mapped)
     outs = site_p.bind(*moved, site=site.replace(axes=(axis, *site.axes)))
     return outs, [0] * len(outs)
 

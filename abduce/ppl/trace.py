@@ -101,9 +101,7 @@ class Trace(eqx.Module):
             UnknownAddress: A part of the selection matches nothing.
         """
         chosen = matching(selection, self.scores)
-        require_density(
-            self._program(), "trace.project", but=frozenset(set(self.scores) - chosen)
-        )
+        require_density(self._program(), "trace.project", but=frozenset(set(self.scores) - chosen))
         zero = jnp.zeros((), jnp.result_type(float))
         return sum((jnp.sum(self.scores[a]) for a in sorted(chosen)), start=zero)
 
@@ -258,5 +256,3 @@ def _poison(weight: Any, records: dict[str, Any], call: str) -> Any:
         else:
             weight = jnp.where(lacking, jnp.nan, weight)
     return weight
-
-

@@ -7,6 +7,8 @@ coordinates. The edited sites stay in their `vmap`, `scan` and `cond`.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,19 +19,20 @@ import numpy as np
 from numpyro.distributions import Distribution
 
 from abduce.errors import InvalidValue
-from abduce.ppl import _jax
+from abduce.ppl.checks import coerce
 from abduce.ppl.data import as_data
+from abduce.ppl.inside import propose
 from abduce.ppl.interpreter import State, walk
-from abduce.ppl.language import coerce
 from abduce.ppl.masked import Masked
 from abduce.ppl.model import Model
+from abduce.ppl.naming import scoped
 from abduce.ppl.operations import prepare_given, to_physical, unknown_address
-from abduce.ppl.program import Program, SiteInfo, stage
-from abduce.ppl.replay import Given, log_density_of
+from abduce.ppl.program import Program, relative, stage
 from abduce.ppl.reparam import Coordinates, as_coordinates
-from abduce.ppl.site import Site, bind, elementwise, take_apart
+from abduce.ppl.replay import Given
+from abduce.ppl.site import Site, bind, take_apart
 
-__all__ = ["condition", "do", "log_density", "propose", "reparam", "with_prior"]
+__all__ = ["condition", "do", "reparam", "with_prior"]
 
 
 class Emit:
@@ -51,17 +54,13 @@ class Emit:
         return ([] if out is None else [out]), acc, None
 
 
-def _scoped(address: str) -> str:
-    return "/".join((*_jax.scope_context.value, address))
-
-
 def emit_again(model: Model, args: Any, kwargs: Any, edit: Any, given: dict[str, Given]) -> Any:
     """Stages `model` here (in the current scope) and emits it edited.
 
     `given` is keyed by the model's own addresses, values in the layout users see.
     """
     program, arguments = stage(model, args, kwargs)
-    inputs = {_scoped(a): to_physical(program.sites[_scoped(a)], g) for a, g in given.items()}
+    inputs = {scoped(a): to_physical(program.sites[scoped(a)], g) for a, g in given.items()}
     outs = walk(Emit(edit), program.jaxpr, arguments.dynamic, State(None, inputs, ()))
     return jax.tree.unflatten(program.out_tree, outs)
 
@@ -87,16 +86,6 @@ def _bare(m: Any, call: str) -> tuple[Model, Any]:
     return (m if algorithm is None else m.with_algorithm(None)), algorithm
 
 
-def _unscope(program: Program) -> Program:
-    """A program whose addresses are relative to the current scope."""
-    prefix = "/".join(_jax.scope_context.value)
-    if not prefix:
-        return program
-    n = len(prefix) + 1
-    sites = {a[n:]: s for a, s in program.sites.items()}
-    return Program(program.jaxpr, program.out_tree, sites, program.name)
-
-
 class Conditioned(_Transformed):
     """A model some of whose sites are observed."""
 
@@ -105,7 +94,7 @@ class Conditioned(_Transformed):
     algorithm: Any = None
 
     def emit(self, *args, **kwargs):
-        program = _unscope(stage(self.base, args, kwargs)[0])
+        program = relative(stage(self.base, args, kwargs)[0])
         given = prepare_given(program, self.given)
 
         def edit(site, operands, g):
@@ -163,7 +152,7 @@ class Intervened(_Transformed):
     algorithm: Any = None
 
     def emit(self, *args, **kwargs):
-        program = _unscope(stage(self.base, args, kwargs)[0])
+        program = relative(stage(self.base, args, kwargs)[0])
         given = {}
         for address, value in self.values.items():
             info = program.sites.get(address)
@@ -183,7 +172,7 @@ class Intervened(_Transformed):
             guard = site.operand(operands, "guard")
             record = site.replace(
                 kind="deterministic", spec=None, event_dim=0, roles=(),
-                axes=tuple(_drop_mapped(a) for a in site.axes),
+                axes=tuple(_replace_mapped(a, ()) for a in site.axes),
             )  # fmt: skip
             record, new = record.with_operand([], "leaf", g.value, mapped=True)
             if guard is not None:
@@ -192,12 +181,6 @@ class Intervened(_Transformed):
             return record, new
 
         return emit_again(self.base, args, kwargs, edit, given)
-
-
-def _drop_mapped(axis: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(axis, mapped=())
 
 
 def do(m: Model, values: Mapping[str, Any]) -> Model:
@@ -224,12 +207,12 @@ class WithPrior(_Transformed):
     algorithm: Any = None
 
     def emit(self, *args, **kwargs):
-        program = _unscope(stage(self.base, args, kwargs)[0])
+        program = relative(stage(self.base, args, kwargs)[0])
         if isinstance(self.prior, Model):
             return self._from_model(program, args, kwargs)
         for address, d in self.prior.items():
             self._check(program, address, d)
-        prior = {_scoped(a): d for a, d in self.prior.items()}
+        prior = {scoped(a): d for a, d in self.prior.items()}
 
         def edit(site, operands, g):
             d = prior.get(site.address)
@@ -281,8 +264,6 @@ class WithPrior(_Transformed):
 
 def _takes(m: Model, args: Any, kwargs: Any) -> bool:
     """Whether a prior model wants the target's arguments."""
-    import inspect
-
     fn = getattr(m, "fn", None)
     if fn is None:
         return False
@@ -300,9 +281,7 @@ def _swap_distribution(site: Site, operands: list[Any], d: Any) -> tuple[Site, l
     spec, leaves = take_apart(d)
     site, operands = site.without_operands(operands, "leaf")
     extra = [False] * len(leaves)
-    axes = tuple(
-        _replace_mapped(a, (*extra, *a.mapped)) for a in site.axes
-    )
+    axes = tuple(_replace_mapped(a, (*extra, *a.mapped)) for a in site.axes)
     site = site.replace(
         spec=spec, event_dim=len(d.event_shape), axes=axes, coords=None,
         roles=("leaf",) * len(leaves) + site.roles,
@@ -311,8 +290,6 @@ def _swap_distribution(site: Site, operands: list[Any], d: Any) -> tuple[Site, l
 
 
 def _replace_mapped(axis: Any, mapped: tuple[bool, ...]) -> Any:
-    import dataclasses
-
     return dataclasses.replace(axis, mapped=mapped)
 
 
@@ -348,12 +325,12 @@ class Reparametrized(_Transformed):
     algorithm: Any = None
 
     def emit(self, *args, **kwargs):
-        program = _unscope(stage(self.base, args, kwargs)[0])
+        program = relative(stage(self.base, args, kwargs)[0])
         for address in self.coords:
             info = program.sites.get(address)
             if info is None or info.kind != "sample":
                 raise unknown_address(address, program, "reparam")
-        coords = {_scoped(a): c for a, c in self.coords.items()}
+        coords = {scoped(a): c for a, c in self.coords.items()}
 
         def edit(site, operands, g):
             c = coords.get(site.address)
@@ -377,62 +354,3 @@ def reparam(m: Model, coords: Mapping[str, Any]) -> Model:
     """
     base, algorithm = _bare(m, "ab.reparam")
     return Reparametrized(base, {a: as_coordinates(a, c) for a, c in coords.items()}, algorithm)
-
-
-class _Propose:
-    """Emits the sites again and scores their values."""
-
-    def site(self, site, operands, given, key, acc):
-        out = bind(site, list(operands))
-        record = None
-        if site.kind == "factor":
-            score = elementwise(site, lambda ops: log_density_of(site, ops, None), operands)
-            return [], acc + jnp.sum(score).astype(acc.dtype), record
-        if site.kind == "sample":
-            score = elementwise(
-                site, lambda ops, x: log_density_of(site, ops, x), operands, out
-            )  # fmt: skip
-            acc = acc + jnp.sum(score).astype(acc.dtype)
-            if "obs" not in site.roles or "mask" in site.roles:
-                record = {"value": out}
-                if "guard" in site.roles:
-                    from abduce.ppl.interpreter import broadcast_operand
-
-                    i = site.roles.index("guard")
-                    record["active"] = broadcast_operand(site, operands[i], i)
-        return [out], acc, record
-
-
-def propose(m: Model, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-    """Runs a model as part of the program at hand.
-
-    Its sites join the program (under the current scope).
-
-    Args:
-        m: A model.
-        *args, **kwargs: Its arguments.
-
-    Returns:
-        The choice map (by the model's own addresses) and its log density, in nats.
-    """
-    base, _ = _bare(m, "ab.propose")
-    program, arguments = stage(base, args, kwargs)
-    zero = jnp.zeros((), jnp.result_type(float))
-    state = State(None, {}, zero)
-    walk(_Propose(), program.jaxpr, arguments.dynamic, state)
-    relative = _unscope(program)
-    infos: dict[str, SiteInfo] = relative.sites
-    choices = {
-        a: infos[a].to_logical(state.records[_scoped(a)]["value"])
-        for a in infos
-        if _scoped(a) in state.records
-    }
-    return choices, state.acc
-
-
-def log_density(m: Model, choices: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Log density of choices under a model, in nats; for use inside programs.
-
-    The same as `m.log_density(choices, *args, **kwargs)`.
-    """
-    return m.log_density(dict(choices), *args, **kwargs)

@@ -74,9 +74,7 @@ class nuts(Algorithm):
 
     def config(self) -> HMCConfig:
         """The settings of the engine."""
-        return HMCConfig(
-            kind="nuts", max_tree_depth=self.max_tree_depth, **_shared_settings(self)
-        )
+        return HMCConfig(kind="nuts", max_tree_depth=self.max_tree_depth, **_shared_settings(self))
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         return _run(self, problem, key)
@@ -158,5 +156,3 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
     return make_posterior(
         problem, draws, algorithm=alg.name, diagnostics=diagnostics, messages=result.warnings
     )
-
-

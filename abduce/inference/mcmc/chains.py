@@ -28,10 +28,10 @@ class Draws:
         self.stats = {name: rows[..., 2 * dim + i] for i, name in enumerate(STATS)}
 
 
-def fresh_average(log_step: float, dtype: np.dtype, *, center: float | None = None) -> DualAverage:
-    """Step-size adaptation before its first draw."""
-    center = log_step if center is None else center
-    return DualAverage(*(dtype.type(v) for v in (log_step, log_step, 0.0, 0.0, center)))
+def fresh_average(log_step: float, dtype: np.dtype, *, pull: float = 0.0,
+                  shrinkage: float = 0.05) -> np.ndarray:
+    """Step-size adaptation before its first draw, the fields of `DualAverage`."""
+    return np.array(DualAverage(log_step, log_step, 0.0, 0.0, log_step + pull, shrinkage), dtype)
 
 
 class Chains:
@@ -41,7 +41,7 @@ class Chains:
         positions: `(num_chains, dim)`, on the host.
         log_densities: `(num_chains,)` at the positions, after the first call.
         gradients: `(num_chains, dim)` there.
-        averages: One `DualAverage` per chain.
+        averages: The fields of `DualAverage`, `(num_chains, 6)`.
         num_gradients: Evaluations so far, all chains together.
     """
 
@@ -50,12 +50,12 @@ class Chains:
         self.positions = np.array(positions)
         self.num_chains, self.dim = self.positions.shape
         self.dtype = self.positions.dtype
-        self.averages = [fresh_average(0.0, self.dtype)] * self.num_chains
+        self.restart_averages(0.0)
         self.log_densities = np.full(self.num_chains, np.nan)
         self.gradients = np.full(self.positions.shape, np.nan)
         self.num_gradients = 0
         self._seeds = seeds
-        self._counters = [np.uint32(0)] * self.num_chains
+        self._counters = np.zeros(self.num_chains, np.int32)
         self._data = jax.device_put(data)
         self._metric: tuple[LinearMap, LinearMap] | None = None
         self._threads = threads
@@ -68,6 +68,11 @@ class Chains:
         else:
             single = partial(program, log_density, on_cpu=False)
             self._program = jax.vmap(single, in_axes=(None, 0, 0, 0, 0, None, None))
+
+    def restart_averages(self, log_step: float, **options) -> None:
+        """Gives all chains a step size, and a fresh adaptation of it."""
+        self.averages = np.stack([fresh_average(log_step, self.dtype, **options)]
+                                 * self.num_chains)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -95,22 +100,23 @@ class Chains:
         Returns:
             The draws. Nothing of the state changes if the call is interrupted.
         """
-        controls = Controls(np.int32(num_draws * thinning), np.int32(thinning),
-                            np.int32(max_depth), np.bool_(adapt), self.dtype.type(target))
+        controls = Controls(np.array([num_draws * thinning, thinning, max_depth, adapt], np.int32),
+                            self.dtype.type(target))
         device_metric = self._on_device(metric)
         if self._threads:
             results = self._from_threads(controls, device_metric, chains)
         else:
             results = self._from_vmap(controls, device_metric)
-        width = 2 * self.dim + len(STATS)
-        rows = np.full((self.num_chains, num_draws, width), np.nan, self.dtype)
-        for i, r in results.items():
-            rows[i] = r.rows[:num_draws]
-            self.positions[i], self.log_densities[i] = r.position, r.log_density
-            self.gradients[i], self._counters[i] = r.gradient, r.draw
-            self.num_gradients += int(r.num_gradients)
+        dim = self.dim
+        rows = np.full((self.num_chains, num_draws, 2 * dim + len(STATS)), np.nan, self.dtype)
+        for i, (kept, state, counts) in results.items():
+            rows[i] = kept[:num_draws]
+            self.positions[i], self.gradients[i] = state[:dim], state[dim:2 * dim]
+            self.log_densities[i] = state[2 * dim]
+            self._counters[i] = counts[0]
+            self.num_gradients += int(counts[1])
             if adapt:
-                self.averages[i] = r.average
+                self.averages[i] = state[2 * dim + 1:]
         return Draws(rows, self.dim)
 
     def _on_device(self, metric: LinearMap) -> LinearMap:
@@ -122,16 +128,16 @@ class Chains:
 
     def _from_threads(self, controls, metric, chains):
         def call(i):
-            return jax.device_get(self._program(
-                self._data, self._seeds[i], self._counters[i], self.positions[i],
-                self.averages[i], controls, metric))
+            result = self._program(self._data, self._seeds[i], self._counters[i],
+                                   self.positions[i], self.averages[i], controls, metric)
+            return tuple(map(np.asarray, result))
 
         which = list(range(self.num_chains)) if chains is None else list(chains)
         if not self._warm:  # one thread compiles, the others must not do it again
             self._warm = True
             first = call(which[0])
             return {which[0]: first} | {i: call(i) for i in which[1:]}
-        if int(controls.num_draws) == 0 or len(which) == 1:
+        if controls.integers[0] == 0 or len(which) == 1:
             return {i: call(i) for i in which}  # too short for a thread to pay
         futures = [(i, self._pool.submit(call, i)) for i in which]
         try:
@@ -142,11 +148,10 @@ class Chains:
             raise
 
     def _from_vmap(self, controls, metric):
-        averages = jax.tree.map(lambda *a: np.stack(a), *self.averages)
         result = jax.device_get(self._program(
-            self._data, self._seeds, np.stack(self._counters), self.positions, averages, controls,
+            self._data, self._seeds, self._counters, self.positions, self.averages, controls,
             metric))
-        return {i: jax.tree.map(lambda a, i=i: a[i], result) for i in range(self.num_chains)}
+        return dict(enumerate(zip(*result, strict=True)))
 
     def max_draws(self) -> int:
         """How many kept draws one call can return."""

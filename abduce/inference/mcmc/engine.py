@@ -9,7 +9,7 @@ import numpy as np
 
 from abduce.errors import InitializationError, InvalidAlgorithm
 
-from .chains import Chains, Draws, fresh_average
+from .chains import Chains, Draws
 from .counter_random import chain_seeds
 from .linear_map import diagonal_map, layout_rank
 from .settings import HMCConfig, HMCRun
@@ -58,8 +58,7 @@ def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
                     describe_failure)
         pacer = _Pacer(chains, config)
         warmup = warm_up(chains, config, rank, pacer.advance)
-        fresh = fresh_average(float(np.log(warmup.step_size)), chains.dtype)
-        chains.averages = [fresh] * chains.num_chains
+        chains.restart_averages(float(np.log(warmup.step_size)))
         draws = pacer.advance(config.num_samples // config.thinning, warmup.metric,
                               max_depth=config.max_tree_depth, thinning=config.thinning)
     finally:

@@ -92,7 +92,7 @@ def inverse_hessian_map(inverse_hessian: np.ndarray, rank: int) -> LinearMap:
     scale = np.sqrt(np.diag(inverse_hessian))
     if rank != inverse_hessian.shape[0]:
         return _diagonal(scale, rank)
-    return _dense(inverse_hessian / np.outer(scale, scale), scale)
+    return _dense(_root(inverse_hessian / np.outer(scale, scale)), scale)
 
 
 def _centre(positions, gradients) -> _Pairs:
@@ -128,12 +128,9 @@ def _diagonal(scale: np.ndarray, rank: int) -> LinearMap:
     return LinearMap(scale, factor, np.zeros(rank), np.array(False))
 
 
-def _dense(correlation: np.ndarray, scale: np.ndarray) -> LinearMap:
-    """From a covariance given as `diag(scale) correlation diag(scale)`."""
-    values, vectors = np.linalg.eigh(correlation)
-    values = np.maximum(values, 1e-14 * values[-1])
-    factor = scale[:, None] * (vectors * np.sqrt(values))
-    return LinearMap(scale, factor, np.zeros(len(scale)), np.array(True))
+def _dense(root: np.ndarray, scale: np.ndarray) -> LinearMap:
+    """From a covariance given as `diag(scale) root root^T diag(scale)`."""
+    return LinearMap(scale, scale[:, None] * root, np.zeros(len(scale)), np.array(True))
 
 
 def _diagonal_welford(pairs: _Pairs, rank: int) -> LinearMap:
@@ -151,23 +148,28 @@ def _diagonal_fisher(pairs: _Pairs, rank: int) -> LinearMap:
 def _dense_welford(pairs: _Pairs, rank: int) -> LinearMap:
     scale = _spread(pairs.x)
     scale = np.where(scale > 0, scale, 1.0)
-    return _dense(_moment(pairs.x / scale), scale)
+    return _dense(_root(_moment(pairs.x / scale)), scale)
 
 
 def _dense_fisher(pairs: _Pairs, rank: int) -> LinearMap:
     scale = _fisher_scale(pairs)
-    return _dense(_geometric_mean(_moment(pairs.x / scale), _moment(pairs.g * scale)), scale)
+    return _dense(_root_of_mean(_moment(pairs.x / scale), _moment(pairs.g * scale)), scale)
 
 
-def _geometric_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The positive definite `s` with `s b s = a`: the geometric mean of `a` and `b^-1`."""
+def _root(a: np.ndarray) -> np.ndarray:
+    """`r` with `r r^T = a`, for a symmetric `a` that rounding may have made indefinite."""
+    values, vectors = np.linalg.eigh(a)
+    return vectors * np.sqrt(np.maximum(values, 1e-14 * values[-1]))
+
+
+def _root_of_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`r` with `s = r r^T` the geometric mean of `a` and `b^-1`, that is `s b s = a`."""
+    # with b = l l^T and l^T a l = v w v^T: s = l^-T v w^(1/2) v^T l^-1
     values, vectors = np.linalg.eigh(b)
-    root = np.sqrt(np.maximum(values, 1e-14 * values[-1]))
-    half, inverse_half = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    values, vectors = np.linalg.eigh(half @ a @ half)
-    middle = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    mean = inverse_half @ middle @ inverse_half
-    return 0.5 * (mean + mean.T)
+    lower = vectors * np.sqrt(np.maximum(values, 1e-14 * values[-1]))
+    inverse_transposed = lower / (lower * lower).sum(0)
+    values, vectors = np.linalg.eigh(lower.T @ a @ lower)
+    return inverse_transposed @ (vectors * np.maximum(values, 1e-14 * values[-1]) ** 0.25)
 
 
 def _low_rank_fisher(pairs: _Pairs, rank: int) -> LinearMap:
@@ -177,8 +179,8 @@ def _low_rank_fisher(pairs: _Pairs, rank: int) -> LinearMap:
     # directions of the largest spread of draws, and of gradients
     spans = [np.linalg.svd(a, full_matrices=False)[2][:columns] for a in (x, g)]
     basis = np.linalg.qr(np.concatenate(spans).T)[0]
-    mean = _geometric_mean(_moment(x @ basis), _moment(g @ basis))
-    values, vectors = np.linalg.eigh(mean)
+    root = _root_of_mean(_moment(x @ basis), _moment(g @ basis))
+    values, vectors = np.linalg.eigh(root @ root.T)
     values = np.where((values > 2) | (values < 0.5), np.maximum(values, 1e-10), 1.0)
     factor, core = np.zeros((len(scale), rank)), np.zeros(rank)
     factor[:, :basis.shape[1]] = basis @ vectors
@@ -204,7 +206,17 @@ def _whiten(metric: LinearMap, pairs: _Pairs) -> _Pairs:
 
 
 def _largest(a: np.ndarray) -> float:
-    """The largest eigenvalue of the second moment."""
+    """The largest eigenvalue of the second moment, by power iteration."""
     num, dim = a.shape
-    gram = a.T @ a if dim <= num else a @ a.T
-    return float(np.linalg.eigvalsh(gram / num)[-1])
+    gram = (a.T @ a if dim <= num else a @ a.T) / num
+    vector = gram[:, np.argmax(np.diag(gram))]
+    value = 0.0
+    for _ in range(100):
+        norm = np.linalg.norm(vector)
+        if not 0 < norm < np.inf:
+            return float(norm)
+        vector = gram @ (vector / norm)
+        previous, value = value, float(np.linalg.norm(vector))
+        if abs(value - previous) < 1e-3 * value:
+            break
+    return value

@@ -294,4 +294,3 @@ def _advance(size, count, thinning, setup, state, key):
 
     keys = jax.random.split(key, jax.tree.leaves(state)[0].shape[0])
     return jax.vmap(chain)(state, keys)
-

@@ -33,16 +33,13 @@ LogDensity = Callable[[Any, jax.Array], jax.Array]
 
 STATS = ("lp", "energy", "n_steps", "tree_depth", "acceptance_rate", "diverging", "step_size")
 MAX_ENERGY_ERROR = 1000.0  # nats; a leaf worse than this is a divergence
-_SHRINKAGE, _DELAY, _FORGETTING = 0.05, 10.0, 0.75  # gamma, t0, kappa of Hoffman and Gelman (2014)
+_DELAY, _FORGETTING = 10.0, 0.75  # t0, kappa of Hoffman and Gelman (2014)
 
 
 class Controls(NamedTuple):
-    """What a call may change without compiling (scalars)."""
+    """What a call may change without compiling."""
 
-    num_draws: Any  # int32
-    thinning: Any  # int32: only each n-th draw keeps its row
-    max_depth: Any  # int32: at most the static one
-    adapt: Any  # bool: dual averaging on
+    integers: Any  # int32 (4,): num_draws, thinning, max_depth, adapt (0 or 1)
     target: Any  # wanted acceptance rate
 
 
@@ -54,18 +51,15 @@ class DualAverage(NamedTuple):
     error_average: Any
     count: Any
     center: Any  # mu: where log_step is pulled to
+    shrinkage: Any  # gamma: larger is smoother
 
 
 class Result(NamedTuple):
-    """What a call hands back."""
+    """What a call hands back, in few arrays, because each costs microseconds to fetch."""
 
     rows: jax.Array  # (num_rows, 2 dim + len(STATS)): position, gradient, statistics
-    position: jax.Array  # (dim,)
-    log_density: jax.Array  # () at `position`
-    gradient: jax.Array  # (dim,)
-    average: DualAverage
-    draw: jax.Array  # uint32: counter of draws, for the next call
-    num_gradients: jax.Array  # int32: evaluations in this call
+    state: jax.Array  # (2 dim + 7,): position, gradient, log density, `DualAverage`
+    counts: jax.Array  # int32 (2,): draws so far, for the next call; evaluations in this call
 
 
 class _Point(NamedTuple):
@@ -114,17 +108,17 @@ def num_rows(dim: int) -> int:
 
 @partial(jax.jit, static_argnames=("log_density", "max_depth", "on_cpu"))
 def run_chain(log_density: LogDensity, data: Any, seed: jax.Array, draw: jax.Array,
-              position: jax.Array, average: DualAverage, controls: Controls, metric: LinearMap, *,
+              position: jax.Array, average: jax.Array, controls: Controls, metric: LinearMap, *,
               max_depth: int, on_cpu: bool) -> Result:
-    """Makes `controls.num_draws` draws of one chain.
+    """Makes `num_draws` draws of one chain.
 
     Args:
         log_density: `(data, position) -> scalar`; static, so it must be hashable and stable.
         data: Any pytree of arrays.
         seed: uint32, shape `(2,)`.
-        draw: uint32 scalar: draws made before. Numbers are a function of `(seed, draw)`.
+        draw: int32 scalar: draws made before. Numbers are a function of `(seed, draw)`.
         position: Start, shape `(dim,)`.
-        average: State of the step-size adaptation.
+        average: State of the step-size adaptation, the fields of `DualAverage`, shape `(6,)`.
         controls: See `Controls`; `num_draws` at most `num_rows(dim) * thinning`.
         metric: The linear map.
         max_depth: Largest number of doublings (static).
@@ -142,11 +136,13 @@ def run_chain(log_density: LogDensity, data: Any, seed: jax.Array, draw: jax.Arr
         value, gradient = evaluate(data, position)
         return settle(m, halfway, step, position, value, gradient, seed, controls, metric)
 
-    m = lax.while_loop(lambda m: m.done < controls.num_draws, turn,
-                       _initial(position, draw, average, max_depth))
+    start = _initial(position, draw.astype(jnp.uint32), DualAverage(*average), max_depth)
+    m = lax.while_loop(lambda m: m.done < controls.integers[0], turn, start)
     point = m.tree.point
-    return Result(m.rows, point.position, point.log_density, point.gradient, m.average, m.draw,
-                  m.num_gradients)
+    return Result(m.rows,
+                  jnp.concatenate([point.position, point.gradient, point.log_density[None],
+                                   jnp.stack(m.average)]),
+                  jnp.stack([m.draw.astype(jnp.int32), m.num_gradients]))
 
 
 def _initial(position, draw, average, max_depth) -> _Machine:
@@ -207,7 +203,7 @@ def _settle(m: _Machine, halfway, step, position, value, gradient, seed, control
     # buffers stay outside the branches: XLA would copy them
     complete = ~(diverged | turned)
     rows, checkpoints = m.rows, m.checkpoints
-    row = lax.div(jnp.maximum(m.done, 0), controls.thinning)
+    row = lax.div(jnp.maximum(m.done, 0), controls.integers[1])
     first = checkpoints[0, 0]
     small = m._replace(rows=None, checkpoints=None)
     small = lax.cond(
@@ -288,7 +284,7 @@ def _close_subtree(m: _Machine, first, complete, diverged, word, seed, controls:
                    tree.momentum_sum + subtree.momentum_sum),
         subtree=subtree._replace(weight=jnp.full_like(tree.weight, -jnp.inf),
                                  momentum_sum=jnp.zeros_like(first)))
-    ended = ~complete | turned | (m.depth >= controls.max_depth) | (m.done < 0)
+    ended = ~complete | turned | (m.depth >= controls.integers[2]) | (m.done < 0)
     return lax.cond(ended, lambda s: _next_draw(s, diverged, seed, controls, metric),
                     lambda s: _extend(s, (word & np.uint32(1)).astype(jnp.int32)), m)
 
@@ -308,7 +304,7 @@ def _next_draw(m: _Machine, diverged, seed, controls: Controls, metric: LinearMa
     draw = m.draw + jnp.where(starting, 0, 1).astype(m.draw.dtype)
     momentum, bit = normals(seed, draw, m.edge.position.shape[0], dtype)
     edge = _Edge(point.position, momentum, pull(metric, point.gradient))
-    adapt = controls.adapt & ~starting
+    adapt = (controls.integers[3] > 0) & ~starting
     average = jax.tree.map(partial(jnp.where, adapt), _average(m.average, controls.target - rate),
                            m.average)
     return m._replace(
@@ -325,7 +321,7 @@ def _average(a: DualAverage, error) -> DualAverage:
     count = a.count + 1
     share = 1 / (count + _DELAY)
     error_average = (1 - share) * a.error_average + share * error
-    log_step = a.center - jnp.sqrt(count) / _SHRINKAGE * error_average
+    log_step = a.center - jnp.sqrt(count) / a.shrinkage * error_average
     keep = count**-_FORGETTING
     return DualAverage(log_step, keep * log_step + (1 - keep) * a.log_step_average, error_average,
-                       count, a.center)
+                       count, a.center, a.shrinkage)

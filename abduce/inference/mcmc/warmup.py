@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .chains import Chains, Draws, fresh_average
+from .chains import Chains, Draws
 from .descent import descend
 from .linear_map import LinearMap, diagonal_map
 from .metric_choice import choose_metric, inverse_hessian_map
 from .settings import HMCConfig
+from .trajectory import DualAverage
 
 __all__ = ["Warmup", "split_rhat", "warm_up"]
 
@@ -82,7 +83,8 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
         count = min(left, final) if last else min(size, left - final)
         if not last and left - final - count < _GROWTH * count / 2:
             count = left - final
-        log_step = _start_averages(chains, log_step, config)
+        # pulled towards larger steps, which are cheap to try (Hoffman and Gelman, 2014)
+        chains.restart_averages(log_step, pull=np.log(2.0))
         draws = advance(count, warmup.metric, max_depth=min(config.max_tree_depth,
                         config.max_tree_depth if last else _FIRST_DEPTH + index),
                         adapt=config.adapt_step_size)
@@ -148,18 +150,10 @@ def _refit(warmup: Warmup, recent: list[Draws], config: HMCConfig) -> bool:
     return bool(settled)
 
 
-def _start_averages(chains: Chains, log_step: float, config: HMCConfig) -> float:
-    # pulled towards larger steps, which are cheap to try (Hoffman and Gelman, 2014)
-    center = log_step + np.log(2.0)
-    fresh = fresh_average(log_step, chains.dtype, center=center)
-    chains.averages = [fresh] * chains.num_chains
-    return log_step
-
-
 def _pooled_log_step(chains: Chains, log_step: float, config: HMCConfig) -> float:
     if not config.adapt_step_size:
         return log_step
-    steps = np.array([float(a.log_step_average) for a in chains.averages])
+    steps = chains.averages[:, DualAverage._fields.index("log_step_average")]
     return float(np.median(steps)) if np.all(np.isfinite(steps)) else log_step
 
 
@@ -167,8 +161,7 @@ def _initial_log_step(chains: Chains, metric: LinearMap, target: float) -> float
     """Doubles or halves until one leapfrog step is accepted at about the target rate."""
     log_step, direction = float(np.log(chains.dim ** -0.25)), 0
     for _ in range(40):
-        fresh = fresh_average(log_step, chains.dtype)
-        chains.averages = [fresh] * chains.num_chains
+        chains.restart_averages(log_step)
         draws = chains.advance(1, metric, max_depth=1)
         good = np.median(draws.stats["acceptance_rate"]) > target
         if direction == 0:
@@ -190,7 +183,7 @@ def _descend(chains: Chains, unit: LinearMap, config: HMCConfig) -> tuple[Linear
         for i, search in list(searches.items()):
             try:
                 chains.positions[i] = search.send(
-                    (float(chains.log_densities[i]), np.float64(chains.gradients[i])))
+                    (float(chains.log_densities[i]), chains.gradients[i].copy()))
             except StopIteration as stop:
                 ends[i] = stop.value
                 del searches[i]
