@@ -56,22 +56,22 @@ class importance(Algorithm):
             a: g.value if g.mask is None else Masked(g.value, g.mask)
             for a, g in problem.given.items()
         }
-        draws, deterministics, log_weights = _draw(
+        draws, active, log_weights = _draw(
             self.num_samples, problem.model, proposal, given, problem.arguments, key
         )
-        values = {a: x[None] for a, x in {**draws, **deterministics}.items()}
-        order = [a for a in problem.program.sites if a in values]
-        values = {a: values[a] for a in order}
+        values = {a: draws[a][None] for a in problem.program.sites if a in draws}
+        active = {a: x[None] for a, x in active.items()}
         n = self.num_samples
         log_evidence = jax.nn.logsumexp(log_weights) - jnp.log(n)
         if isinstance(log_weights, jax.core.Tracer):
             return make_posterior(
                 problem, values, algorithm="importance", log_weights=log_weights[None],
-                log_evidence=log_evidence,
+                log_evidence=log_evidence, active=active,
             )  # fmt: skip
-        return self._checked(problem, values, np.asarray(log_weights, np.float64), log_evidence)
+        log_weights = np.asarray(log_weights, np.float64)
+        return self._checked(problem, values, active, log_weights, log_evidence)
 
-    def _checked(self, problem, values, log_weights, log_evidence):
+    def _checked(self, problem, values, active, log_weights, log_evidence):
         bad = np.isnan(log_weights) | (log_weights == np.inf)
         if not np.isfinite(log_weights).any():
             raise Degenerate(
@@ -109,6 +109,7 @@ class importance(Algorithm):
             log_evidence=float(log_evidence),
             diagnostics={"ess": ess, "pareto_k": float(k), "log_evidence_se": se},
             messages=messages,
+            active=active,
         )
 
 
@@ -129,7 +130,8 @@ def _draw_now(n, model, proposal, given, arguments, key):
     def one(key):
         trace, log_weight = model.generate(key, given, *args, proposal=proposal, **kwargs)
         latents = {a: x for a, x in trace.choices.items() if not _wholly_given(given, a)}
-        return latents, trace.deterministics, log_weight
+        values = {**latents, **trace.deterministics}
+        return values, {a: x for a, x in trace.active.items() if a in values}, log_weight
 
     # One key per draw by its number: a larger run begins with the same draws.
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n, dtype=jnp.uint32))

@@ -99,10 +99,11 @@ class laplace(Algorithm):
                 f"far from normal in these coordinates, so intervals are unreliable. Use ab.nuts, "
                 f"or other coordinates (ab.reparam)."
             )
-        draws = constrain(target, data, problem.program, np.asarray(q))
+        draws, active = constrain(target, data, problem.program, np.asarray(q))
         return make_posterior(
             problem,
             {a: x[None] for a, x in draws.items()},
+            active={a: x[None] for a, x in active.items()},
             algorithm="laplace",
             log_evidence=None if flat else float(log_evidence),
             diagnostics={

@@ -32,6 +32,9 @@ class Posterior(eqx.Module):
         warnings: What the reader must know, each with a remedy.
         arguments: The packed model and its arguments; None after loading from disk.
         given: The data it was conditioned on.
+        active: For sites in branches, whether they counted, `(chain, draw, mapped axes)`. Where
+            they did not, float draws are NaN; `mean`, `std`, `quantile` and `summary` are over the
+            draws where they did.
         coords: Labels by dimension name.
         dims: Names of the dimensions of each site.
         deterministic: Which of the draws are not choices.
@@ -45,6 +48,7 @@ class Posterior(eqx.Module):
     diagnostics: dict[str, Any]
     arguments: Arguments | None
     given: dict[str, Any]
+    active: dict[str, Any]
     warnings: tuple[str, ...] = eqx.field(static=True)
     coords: Any = eqx.field(static=True)
     dims: Any = eqx.field(static=True)
@@ -143,22 +147,36 @@ class Posterior(eqx.Module):
         """Posterior mean of `f` of a draw's flat dict, by weight."""
         return jax.tree.map(self._mean, self.map(f, batch_size=batch_size))
 
-    def _mean(self, x: Any) -> Any:
-        flat = np.asarray(x, np.float64 if np.asarray(x).dtype.kind != "c" else None)
+    def _mean(self, x: Any, on: Any = None) -> Any:
+        """Weighted mean over chains and draws, of the entries where `on` is true."""
+        x = np.asarray(x)
+        flat = x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
         flat = flat.reshape((-1, *flat.shape[2:]))
-        if self.log_weights is None:
+        if self.log_weights is None and on is None:
             return flat.mean(0)
-        return np.tensordot(self._weights, flat, 1)
+        weights = np.ones(len(flat)) if self.log_weights is None else self._weights
+        weights = weights.reshape((-1,) + (1,) * (flat.ndim - 1))
+        if on is not None:
+            on = on.reshape(flat.shape)
+            flat, weights = np.where(on, flat, 0), np.where(on, weights, 0)
+        with np.errstate(invalid="ignore"):  # never active: NaN
+            return (weights * flat).sum(0) / weights.sum(0)
+
+    def _on(self, address: str) -> Any | None:
+        """Where a conditional site is active, in the shape of its draws; None for others."""
+        if address not in self.active:
+            return None
+        on, shape = np.asarray(self.active[address]), np.shape(self.draws[address])
+        return np.broadcast_to(on.reshape(on.shape + (1,) * (len(shape) - on.ndim)), shape)
 
     def mean(self, address: str) -> Any:
         """Posterior mean of a site."""
-        return self._mean(self._raw(address))
+        return self._mean(self._raw(address), self._on(address))
 
     def std(self, address: str) -> Any:
         """Posterior standard deviation of a site."""
-        x = np.asarray(self._raw(address), np.float64)
-        centred = x - self._mean(x)
-        return np.sqrt(self._mean(centred**2))
+        x, on = np.asarray(self._raw(address), np.float64), self._on(address)
+        return np.sqrt(self._mean((x - self._mean(x, on)) ** 2, on))
 
     def quantile(self, address: str, q: Any) -> Any:
         """Posterior quantiles of a site.
@@ -177,10 +195,17 @@ class Posterior(eqx.Module):
             raise InvalidValue(f"post.quantile: probabilities lie in [0, 1], got {q}.")
         x = np.asarray(self._raw(address))
         flat = x.reshape((-1, *x.shape[2:]))
-        if self.log_weights is None:
+        on = self._on(address)
+        if self.log_weights is None and on is None:
             return np.quantile(flat, q, axis=0)
-        out = weighted_quantile(flat.reshape(len(flat), -1), self._weights, np.atleast_1d(q))
-        return np.reshape(out, (*q.shape, *x.shape[2:]))
+        weights = np.ones(len(flat)) if self.log_weights is None else self._weights
+        columns = flat.reshape(len(flat), -1).T
+        used = np.ones(columns.shape, bool) if on is None else on.reshape(len(flat), -1).T
+        out = [
+            weighted_quantile(c[u], weights[u], np.atleast_1d(q)) if u.any() else q + np.nan
+            for c, u in zip(columns, used, strict=True)
+        ]
+        return np.reshape(np.moveaxis(np.array(out), 0, -1), (*q.shape, *x.shape[2:]))
 
     def summary(self, *, interval: float = 0.9) -> Any:
         """Mean, sd, interval, effective sample sizes, R-hat and MCSE of every element.
@@ -193,13 +218,22 @@ class Posterior(eqx.Module):
         """
         from abduce.inference.summary import summarize
 
-        return summarize(
+        table = summarize(
             {a: np.asarray(x) for a, x in self.draws.items()},
             None if self.log_weights is None else np.asarray(self.log_weights),
             interval=interval,
             dims=self.dims_by_site,
             coords=dict(self.coords),
         )
+        sites = np.array(table.sites)
+        for address in self.active:  # its rows are over the draws where it was active
+            rows = sites == address
+            columns = {"mean": self.mean(address), "sd": self.std(address)}
+            for p in ((1 - interval) / 2, (1 + interval) / 2):
+                columns[f"{100 * p:.6g}%"] = self.quantile(address, p)
+            for name, values in table.columns.items():
+                values[rows] = np.ravel(columns[name]) if name in columns else np.nan
+        return table
 
     @property
     def dims_by_site(self) -> dict[str, tuple[str | None, ...]]:
@@ -323,10 +357,12 @@ def make_posterior(
     log_evidence: Any = None,
     diagnostics: dict[str, Any] | None = None,
     messages: list[str] | None = None,
+    active: dict[str, Any] | None = None,
 ) -> Posterior:
     """Builds a posterior and raises its warnings once."""
     sites = problem.program.sites
     messages = messages or []
+    draws = {a: _hide_inactive(x, (active or {}).get(a)) for a, x in draws.items()}
     for message in messages:
         warnings.warn(message, AbduceWarning, stacklevel=4)
     used = {d for a in sites for d in sites[a].dims if d}
@@ -338,12 +374,21 @@ def make_posterior(
         diagnostics=diagnostics or {},
         arguments=problem.arguments,
         given={a: g.value for a, g in problem.given.items()},
+        active=active or {},
         warnings=tuple(messages),
         coords=tuple((k, tuple(v)) for k, v in problem.coords.items() if k in used),
         dims=tuple((a, sites[a].dims) for a in draws),
         deterministic=tuple(a for a in draws if sites[a].kind == "deterministic"),
         algorithm=algorithm,
     )
+
+
+def _hide_inactive(x: Any, active: Any) -> Any:
+    """Float draws of a site that did not count become NaN: a stand-in is no draw."""
+    if active is None or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    xp = jnp if isinstance(x, jax.core.Tracer) else np
+    return xp.where(active.reshape(active.shape + (1,) * (x.ndim - active.ndim)), x, xp.nan)
 
 
 def prior_posterior(model: Any, key: Any, args: Any, num_samples: int, kwargs: Any) -> Posterior:
@@ -356,5 +401,5 @@ def prior_posterior(model: Any, key: Any, args: Any, num_samples: int, kwargs: A
     bare = model if model.algorithm is None else model.with_algorithm(None)
     program, arguments = bare._stage(args, kwargs)
     problem = Problem(bare, program, arguments, {}, args, kwargs, coords)
-    draws = draw_prior(problem, key, num_samples)
-    return make_posterior(problem, draws, algorithm="prior")
+    draws, active = draw_prior(problem, key, num_samples)
+    return make_posterior(problem, draws, algorithm="prior", active=active)

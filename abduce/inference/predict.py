@@ -76,7 +76,7 @@ def predict(
                 f"with these arguments the site has shape {info.shape}. To draw it anew from its "
                 f'prior given the rest (new groups, say), pass redraw="{address}".'
             )
-        kept[address] = jnp.asarray(draws)
+        kept[address] = _kept(post, address, info)
     wanted = tuple(
         a for a, s in program.sites.items()
         if s.kind in ("sample", "deterministic") and a not in kept and a not in fixed
@@ -87,19 +87,32 @@ def predict(
             f'a given value. Choose latents to draw anew with redraw="...".'
         )
     replay = Replay(record=frozenset({"value"}), score=False, predictive=True)
-    out = run_at_draws(replay, wanted, "value", program, arguments, key, fixed, kept,
-                       (post.num_chains, post.num_draws), batch_size)  # fmt: skip
+    shape = (post.num_chains, post.num_draws)
+    out = run_at_draws(
+        replay, wanted, ("value",), program, arguments, key, fixed, kept, shape, batch_size
+    )["value"]
     if post.log_weights is not None:
         index = post._resampled
         out = {a: x.reshape((-1, *x.shape[2:]))[index][None] for a, x in out.items()}
     return out
 
 
+def _kept(post: Any, address: str, info: Any) -> Given:
+    """The draws of a site; where it was not active, it has no value yet."""
+    draws = jnp.asarray(post.draws[address])
+    if address not in post.active:
+        return Given(draws, trusted=True)
+    on = jnp.asarray(post.active[address])
+    shape = draws.shape[: 2 + info.batch_ndim]
+    mask = jnp.broadcast_to(on.reshape(on.shape + (1,) * (len(shape) - on.ndim)), shape)
+    return Given(draws, mask, trusted=True)
+
+
 def descendants(program: Program, chosen: set[str]) -> set[str]:
     """The chosen sites and the latents that depend on them."""
-    from abduce.ppl.graph import graph_of_program
+    from abduce.ppl.graph import graph_of
 
-    graph = graph_of_program(program)
+    graph = graph_of(program)
     found, todo = set(chosen), list(chosen)
     while todo:
         for child in graph.children(todo.pop()):
@@ -122,46 +135,51 @@ def log_likelihood(post: Any, *, batch_size: int | None) -> dict[str, Any]:
     program, arguments = stage_operation(model, args, kwargs)
     observed = tuple(observed_addresses(post))
     fixed = {a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws}
-    kept = {a: jnp.asarray(x) for a, x in post.draws.items() if a not in post.deterministic}
+    kept = {
+        a: Given(jnp.asarray(x), trusted=True)
+        for a, x in post.draws.items()
+        if a not in post.deterministic
+    }
     replay = Replay(record=frozenset({"score"}))
-    return run_at_draws(replay, observed, "score", program, arguments, None, fixed, kept,
-                        (post.num_chains, post.num_draws), batch_size)  # fmt: skip
+    shape = (post.num_chains, post.num_draws)
+    return run_at_draws(
+        replay, observed, ("score",), program, arguments, None, fixed, kept, shape, batch_size
+    )["score"]
 
 
 def run_at_draws(
     replay: Replay,
     wanted: tuple[str, ...],
-    field: str,
+    fields: tuple[str, ...],
     program: Program,
     arguments: Arguments,
     key: Any,
     fixed: dict[str, Given],
-    kept: dict[str, Any],
+    kept: dict[str, Given],
     shape: tuple[int, int],
     batch_size: int | None,
-) -> dict[str, Any]:
-    """Runs the program once per draw; returns `field` of the wanted sites."""
-    flat = {a: x.reshape((-1, *x.shape[2:])) for a, x in kept.items()}
+) -> dict[str, dict[str, Any]]:
+    """Runs the program once per draw; returns the fields, each by address, of the wanted sites."""
+    flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), kept)
     per_draw = sum(math.prod(program.sites[a].shape) for a in wanted) + 1
     total = shape[0] * shape[1]
     if batch_size is None:
         batch_size = max(1, min(total, _BATCH_ELEMENTS // per_draw))
     with outside_scopes():
         out = _run_at_draws(
-            replay, wanted, field, min(batch_size, total), total, arguments, key, fixed, flat
+            replay, wanted, fields, min(batch_size, total), total, arguments, key, fixed, flat
         )
-    return {a: x.reshape((*shape, *x.shape[1:])) for a, x in out.items()}
+    return jax.tree.map(lambda x: x.reshape((*shape, *x.shape[1:])), out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run_at_draws(replay, wanted, field, batch_size, total, arguments, key, fixed, flat):
+def _run_at_draws(replay, wanted, fields, batch_size, total, arguments, key, fixed, flat):
     program = stage_packed(arguments)
 
     def one(i, values):
         k = None if key is None else jax.random.fold_in(key, i)
-        inputs = {**fixed, **{a: Given(x, trusted=True) for a, x in values.items()}}
-        out = run_program(replay, program, arguments, k, inputs)
-        return {a: out["records"][a][field] for a in wanted}
+        records = run_program(replay, program, arguments, k, {**fixed, **values})["records"]
+        return {f: {a: records[a][f] for a in wanted if f in records[a]} for f in fields}
 
     index = jnp.arange(total, dtype=jnp.uint32)
     if batch_size >= total:
@@ -169,11 +187,17 @@ def _run_at_draws(replay, wanted, field, batch_size, total, arguments, key, fixe
     return jax.lax.map(lambda t: one(*t), (index, flat), batch_size=batch_size)
 
 
-def draw_prior(problem: Problem, key: Any, num_samples: int) -> dict[str, Any]:
-    """Independent draws of every unobserved site and deterministic, `(1, draw, ...)`."""
+def draw_prior(problem: Problem, key: Any, num_samples: int) -> tuple[Any, Any]:
+    """Independent draws of every unobserved site and deterministic, and where they are active.
+
+    Both by address, `(1, draw, ...)`.
+    """
     wanted = tuple(
         a for a, s in problem.program.sites.items() if s.is_latent or s.kind == "deterministic"
     )
     replay = Replay(record=frozenset({"value"}), score=False)
-    return run_at_draws(replay, wanted, "value", problem.program, problem.arguments, key, {}, {},
-                        (1, num_samples), None)  # fmt: skip
+    out = run_at_draws(
+        replay, wanted, ("value", "active"), problem.program, problem.arguments, key, {}, {},
+        (1, num_samples), None,
+    )  # fmt: skip
+    return out["value"], out["active"]

@@ -30,6 +30,7 @@ def save_posterior(post: Posterior, path: Any) -> Any:
         "algorithm": post.algorithm,
     }
     arrays = {f"draws/{a}": np.asarray(x) for a, x in post.draws.items()}
+    arrays.update({f"active/{a}": np.asarray(x) for a, x in post.active.items()})
     if post.log_weights is not None:
         arrays["log_weights"] = np.asarray(post.log_weights)
     return save_folder(path, "posterior", config, arrays)
@@ -57,6 +58,7 @@ def load(path: Any) -> Any:
         raise InvalidValue(f"ab.load: {path} holds a {kind!r}, which this version cannot load.")
     return Posterior(
         draws={n[len("draws/") :]: x for n, x in arrays.items() if n.startswith("draws/")},
+        active={n[len("active/") :]: x for n, x in arrays.items() if n.startswith("active/")},
         log_weights=arrays.get("log_weights"),
         log_evidence=config["log_evidence"],
         params=config["params"],

@@ -188,7 +188,7 @@ def constrain(
     q: np.ndarray,
     *,
     batch: int = 512,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Turns flat positions into draws of the sites, deterministics included.
 
     Sites whose bijection is fixed are mapped all at once, without running the model: for many
@@ -202,13 +202,14 @@ def constrain(
         batch: Positions per compiled call.
 
     Returns:
-        Draws by address, leading axis `n`, in the layout users see.
+        Draws by address, leading axis `n`, in the layout users see; and for sites in branches,
+        where they are active.
     """
     simple, rest = {}, []
     for slot in target.slots:
         info = program.sites[slot.address]
         support = None if info.site.coords is not None else fixed_support(info.site)
-        if support is None or slot.hidden is not None:
+        if support is None or slot.hidden is not None or info.conditional:
             rest.append(slot.address)
         else:
             simple[slot.address] = (slot, info, support)
@@ -216,6 +217,7 @@ def constrain(
     partly = [a for a, s in program.sites.items() if s.partial or _is_masked(data, a)]
     wanted = tuple(dict.fromkeys([*rest, *partly, *extra]))
     draws: dict[str, Any] = {}
+    active: dict[str, Any] = {}
     for address, (slot, info, support) in simple.items():
         u = q[:, slot.start : slot.stop].reshape((len(q), *slot.shape))
         x = u if _is_real(support) else _apply(support, u)
@@ -228,10 +230,10 @@ def constrain(
             part = np.concatenate([part, np.repeat(part[-1:], pad, 0)]) if pad else part
             out = _constrain(target, wanted, data, jnp.asarray(part))
             parts.append(jax.tree.map(lambda x, pad=pad: np.asarray(x)[: len(x) - pad], out))
-        for address in wanted:
-            draws[address] = np.concatenate([p[address] for p in parts])
+        values, active = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+        draws.update(values)
     order = [a for a in program.sites if a in draws]
-    return {a: draws[a] for a in order}
+    return {a: draws[a] for a in order}, active
 
 
 def _is_masked(data: Any, address: str) -> bool:
@@ -277,7 +279,9 @@ def _logical(info: SiteInfo, x: Any) -> Any:
 def _constrain_now(target, wanted, data, q):
     def one(q):
         out = target.run(Replay(record=frozenset({"value"}), score=False), data, q)
-        return {a: out["records"][a]["value"] for a in wanted}
+        records = {a: out["records"][a] for a in wanted}
+        active = {a: r["active"] for a, r in records.items() if "active" in r}
+        return {a: r["value"] for a, r in records.items()}, active
 
     return jax.vmap(one)(q)
 

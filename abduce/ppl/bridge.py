@@ -366,4 +366,4 @@ def _value_for(values: Any, step: _Step | None, msg: Any) -> Any | None:
             f"{step.length} steps is set by a handler to a value of shape {jnp.shape(value)}. "
             f"Remove that handler and pass the value as given={{...}} or through ab.condition."
         )
-    return value[step.index]
+    return jnp.asarray(value)[step.index]

@@ -25,7 +25,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-from numpyro.distributions import Delta, Distribution, ImproperUniform, MaskedDistribution, Unit
+from numpyro.distributions import (
+    Delta,
+    Distribution,
+    ExpandedDistribution,
+    ImproperUniform,
+    Independent,
+    MaskedDistribution,
+    Unit,
+)
 
 from abduce.errors import InvalidValue, UnknownAddress, suggest
 from abduce.ppl.dataflow import Label, Visit, propagate
@@ -298,12 +306,15 @@ def graph_of(program: Program) -> Graph:
     """The dependency graph of a staged program."""
     edges: set[Edge] = set()
     scans: dict[str, tuple[Any, ...]] = {}
+    conds: dict[Any, str] = {}  # a site of each vmapped conditional
+    together: list[tuple[str, str]] = []
     unnormalized: set[str] = set()
 
     def visit(v: Visit) -> Iterable[Label]:
         site, address = v.site, v.site.address
         edges.update(Edge(str(x.source), address, int(bool(x.past))) for x in v.inputs)
         scans.setdefault(address, v.scans)
+        together.extend((conds.setdefault(cond, address), address) for cond, _ in site.branches)
         if site.kind == "deterministic":  # transparent: what follows depends on what went in
             return v.operand("leaf")
         if site.kind == "param":  # one value for all steps
@@ -315,7 +326,8 @@ def graph_of(program: Program) -> Graph:
 
     propagate(program.jaxpr, visit)
     sites = {a: _node(info, a not in unnormalized) for a, info in program.sites.items()}
-    groups = _groups(program.sites, sites, edges, scans)
+    together.extend((e.source, e.target) for e in edges)
+    groups = _groups(program.sites, sites, together, scans)
     return Graph(program.name, sites, edges, groups)
 
 
@@ -334,7 +346,7 @@ def _node(info: SiteInfo, normalized: bool) -> GraphSite:
     return GraphSite(
         address=info.address,
         kind=info.kind,
-        family=info.family,
+        family=_family(info),
         shape=info.shape,
         observed=info.observed,
         partial=info.partial,
@@ -344,16 +356,32 @@ def _node(info: SiteInfo, normalized: bool) -> GraphSite:
     )
 
 
+def _family(info: SiteInfo) -> str:
+    """The name that the user wrote, without wrappers and parameterizations."""
+    if info.site.spec is None:
+        return info.kind
+    d = _template(info.site.spec)
+    while isinstance(d, (ExpandedDistribution, Independent, MaskedDistribution)):
+        d = d.base_dist
+    return type(d).__name__.removesuffix("Probs").removesuffix("Logits")
+
+
+def _template(spec: DistSpec) -> Distribution:
+    """The distribution with markers where its arrays go."""
+    return jax.tree.unflatten(spec.treedef, spec.static)
+
+
 def _groups(
     infos: dict[str, SiteInfo],
     sites: dict[str, GraphSite],
-    edges: set[Edge],
+    together: Iterable[tuple[str, str]],
     scans: dict[str, tuple[Any, ...]],
 ) -> dict[str, tuple[Any, ...]]:
     """Identifies axes across sites.
 
     Scans are known exactly and named axes by their name. An unnamed axis leaves no trace in the
-    program but its size: two sites share it if they have the same size and depend on each other.
+    program but its size: two sites share it if they have the same size and belong together (one
+    depends on the other, or they are branches of one conditional).
     """
     component = {a: a for a in sites}
 
@@ -365,10 +393,10 @@ def _groups(
     def kind_of(axis):
         return (axis.kind, axis.name, axis.size)
 
-    for e in edges:
-        a, b = sites[e.source], sites[e.target]
-        if a.axes and b.axes and kind_of(a.axes[0]) == kind_of(b.axes[0]):
-            component[find(e.target)] = find(e.source)
+    for a, b in together:
+        x, y = sites[a].axes, sites[b].axes
+        if x and y and kind_of(x[0]) == kind_of(y[0]):
+            component[find(b)] = find(a)
     groups = {}
     for address, site in sites.items():
         parts: list[Any] = []
@@ -385,7 +413,7 @@ def _groups(
 
 def _may_be_unnormalized(spec: DistSpec) -> bool:
     """Whether a distribution's density may integrate to something that depends on its parents."""
-    for d in _parts(jax.tree.unflatten(spec.treedef, spec.static)):
+    for d in _parts(_template(spec)):
         if isinstance(d, (MaskedDistribution, ImproperUniform, Unit)):
             return True
         if isinstance(d, Delta) and not (isinstance(d.log_density, float) and d.log_density == 0):

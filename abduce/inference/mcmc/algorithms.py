@@ -144,8 +144,8 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
     propose, describe = starting_points(alg.init, problem, target, data, alg.num_chains, name)
     result = run(target, data, key, alg.config(), propose, describe_failure=describe)
     chains, n, dim = result.positions.shape
-    draws = constrain(target, data, problem.program, result.positions.reshape(-1, dim))
-    draws = {a: x.reshape((chains, n, *x.shape[1:])) for a, x in draws.items()}
+    flat = constrain(target, data, problem.program, result.positions.reshape(-1, dim))
+    draws, active = jax.tree.map(lambda x: x.reshape((chains, n, *x.shape[1:])), flat)
     diagnostics = {
         **result.stats,
         "num_gradients_warmup": int(result.num_gradients_warmup),
@@ -154,5 +154,6 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
         "metric": result.metric_kind,
     }
     return make_posterior(
-        problem, draws, algorithm=alg.name, diagnostics=diagnostics, messages=result.warnings
-    )
+        problem, draws, algorithm=alg.name, diagnostics=diagnostics, messages=result.warnings,
+        active=active,
+    )  # fmt: skip

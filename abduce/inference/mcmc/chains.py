@@ -6,6 +6,7 @@ another's longer trajectory. On other devices the chains are one `vmap`.
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,9 +16,9 @@ import jax
 import numpy as np
 
 from .linear_map import LinearMap
-from .trajectory import STATS, Controls, DualAverage, LogDensity, num_rows
+from .machine import STATS, Controls, DualAverage, LogDensity, num_rows
 
-__all__ = ["Chains", "Draws", "fresh_average"]
+__all__ = ["Chains", "Draws", "fresh_average", "joined"]
 
 
 class Draws:
@@ -26,6 +27,14 @@ class Draws:
     def __init__(self, rows: np.ndarray, dim: int):
         self.positions, self.gradients = rows[..., :dim], rows[..., dim:2 * dim]
         self.stats = {name: rows[..., 2 * dim + i] for i, name in enumerate(STATS)}
+        self.rows = rows
+
+
+def joined(parts: Sequence[Draws]) -> Draws:
+    """Draws of successive calls as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Draws(np.concatenate([p.rows for p in parts], 1), parts[0].positions.shape[-1])
 
 
 def fresh_average(log_step: float, dtype: np.dtype, *, pull: float = 0.0,
@@ -46,7 +55,8 @@ class Chains:
     """
 
     def __init__(self, program: Callable[..., Any], log_density: LogDensity, data: Any,
-                 seeds: np.ndarray, positions: np.ndarray, *, threads: bool):
+                 seeds: np.ndarray, positions: np.ndarray, *, threads: bool, num_steps: int = 0,
+                 length: float = 0.0):
         self.positions = np.array(positions)
         self.num_chains, self.dim = self.positions.shape
         self.dtype = self.positions.dtype
@@ -58,8 +68,10 @@ class Chains:
         self._counters = np.zeros(self.num_chains, np.int32)
         self._data = jax.device_put(data)
         self._metric: tuple[LinearMap, LinearMap] | None = None
+        self._num_steps, self._length = num_steps, length
         self._threads = threads
         self._warm = False
+        self._seconds_per_gradient = np.inf
         if threads:
             self._program = partial(program, log_density, on_cpu=True)
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
@@ -100,9 +112,11 @@ class Chains:
         Returns:
             The draws. Nothing of the state changes if the call is interrupted.
         """
-        controls = Controls(np.array([num_draws * thinning, thinning, max_depth, adapt], np.int32),
-                            self.dtype.type(target))
+        controls = Controls(
+            np.array([num_draws * thinning, thinning, max_depth, adapt, self._num_steps], np.int32),
+            np.array([target, self._length], self.dtype))
         device_metric = self._on_device(metric)
+        begin, before = time.perf_counter(), self.num_gradients
         if self._threads:
             results = self._from_threads(controls, device_metric, chains)
         else:
@@ -117,7 +131,13 @@ class Chains:
             self.num_gradients += int(counts[1])
             if adapt:
                 self.averages[i] = state[2 * dim + 1:]
+        seconds = (time.perf_counter() - begin) / max(1, self.num_gradients - before)
+        self._seconds_per_gradient = min(seconds, self._seconds_per_gradient)
         return Draws(rows, self.dim)
+
+    def seconds_per_gradient(self) -> float:
+        """Wall-clock seconds of one gradient of one chain, calls included; the best seen."""
+        return self._seconds_per_gradient
 
     def _on_device(self, metric: LinearMap) -> LinearMap:
         if self._metric is None or self._metric[0] is not metric:

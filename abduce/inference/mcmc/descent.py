@@ -6,55 +6,58 @@ from the mass in high dimension, and may be infinite (a centred hierarchy). So i
 the expected gain of a step is what random fluctuation costs anyway: for a posterior that is locally
 Gaussian, `g^T H g`, with `H` the inverse Hessian, has mean `dim` over the posterior.
 
-The inverse Hessian it builds is the first metric.
+Both functions are generators that yield points and are sent `(log density, gradient)` there, so
+that the searches of several chains can be advanced together.
 """
 
 from collections.abc import Generator
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Descent", "descend"]
+__all__ = ["DENSE_DESCENT", "Descent", "descend", "local_covariance"]
 
-MAX_EVALUATIONS = 100
-_DENSE_LIMIT = 200  # above, the limited-memory form
+DENSE_DESCENT = 200  # largest dimension at which matrices are kept
+_MAX_EVALUATIONS = 150
 _MEMORY = 10
 _ARMIJO = 1e-4
+_FLAT = 1e-3  # curvature, relative to the rough estimate, below which the probe was too short
+_PROBE = 0.5  # length of a finite difference, in estimated standard deviations
+
+Search = Generator[np.ndarray, tuple[float, np.ndarray], "Descent"]
 
 
-class Descent:
-    """Where a descent ended.
+class Descent(NamedTuple):
+    """Where a descent ended."""
 
-    Attributes:
-        position: Shape `(dim,)`, finite log density.
-        inverse_hessian: `(dim, dim)`, or None where too few steps were made to build one.
-        num_gradients: Evaluations made, the first included.
-    """
-
-    def __init__(self, position, inverse_hessian, num_gradients):
-        self.position, self.inverse_hessian = position, inverse_hessian
-        self.num_gradients = num_gradients
+    position: np.ndarray  # (dim,)
+    value: float  # log density there
+    gradient: np.ndarray  # (dim,)
+    inverse_hessian: np.ndarray | None  # (dim, dim): a rough one; None above `DENSE_DESCENT`
 
 
-def descend(position: np.ndarray) -> Generator[np.ndarray, tuple[float, np.ndarray], Descent]:
-    """Yields points and is sent `(log density, gradient)` there; returns a `Descent`.
+def descend(position: np.ndarray, inverse_hessian: np.ndarray | None = None) -> Search:
+    """Climbs to where the mass is.
 
     Args:
         position: Start, shape `(dim,)`, with finite log density and gradient.
+        inverse_hessian: What another descent found, to start with.
     """
     x = np.asarray(position, np.float64)
     dim = x.shape[0]
     value, gradient = yield x
-    evaluations, pairs, hessian = 1, [], None
+    evaluations, steps, hessian = 1, 0, inverse_hessian
+    pairs: list[tuple] = []
     gains: list[float] = []
-    while evaluations < MAX_EVALUATIONS:
+    while evaluations < _MAX_EVALUATIONS:
         direction = _direction(gradient, hessian, pairs)
         slope = float(direction @ gradient)
         if not slope > 0:
             break
-        settled = len(pairs) >= min(dim, 5) + 1
-        if settled and slope < dim and max(gains[-2:]) < dim:
+        if steps >= 4 and slope < dim and max(gains[-2:]) < dim:
             break
-        length = 1.0 if pairs else min(1.0, 1.0 / np.linalg.norm(direction, np.inf))
+        length = 1.0 if hessian is not None or pairs else min(
+            1.0, 1.0 / np.linalg.norm(direction, np.inf))
         for _ in range(20):
             new = x + length * direction
             new_value, new_gradient = yield new
@@ -64,22 +67,50 @@ def descend(position: np.ndarray) -> Generator[np.ndarray, tuple[float, np.ndarr
                 break
             # the vertex of the parabola through what is known, kept within bounds
             fall = new_value - value - length * slope if good else -np.inf
-            factor = -0.5 * length * slope / fall if fall < 0 and np.isfinite(fall) else 0.1
+            factor = -0.5 * length * slope / fall if -np.inf < fall < 0 else 0.1
             length *= float(np.clip(factor, 0.1, 0.5))
         else:
             break
         step, change = new - x, gradient - new_gradient
         gains.append(float(new_value - value))
-        x, value, gradient = new, new_value, new_gradient
+        x, value, gradient, steps = new, new_value, new_gradient, steps + 1
         curvature = step @ change
         if curvature > 1e-10 * np.linalg.norm(step) * np.linalg.norm(change):
-            pairs.append((step, change, 1.0 / curvature))
-            if dim <= _DENSE_LIMIT:
+            if dim <= DENSE_DESCENT:
                 hessian = _update(hessian, step, change, 1.0 / curvature)
             else:
-                pairs = pairs[-_MEMORY:]
-    enough = len(pairs) >= min(dim, 3)
-    return Descent(x, hessian if enough else None, evaluations)
+                pairs = [*pairs, (step, change, 1.0 / curvature)][-_MEMORY:]
+    return Descent(x, value, gradient, hessian)
+
+
+def local_covariance(end: Descent) -> Generator[np.ndarray, tuple[float, np.ndarray],
+                                                tuple[np.ndarray, bool] | None]:
+    """Measures the curvature by finite differences of the gradient.
+
+    The differences are taken along the columns of a root of the rough inverse Hessian, in which
+    the curvature is near the identity, so that rounding in the gradients does little harm.
+
+    Args:
+        end: A descent with an inverse Hessian.
+
+    Returns:
+        The inverse of the Hessian of minus the log density, negative eigenvalues made positive;
+        and whether it is reliable, which it is not where the rough inverse Hessian was far too
+        small, as happens when the curvature fell on the way. None if a probe left the support.
+    """
+    scale = np.sqrt(np.diag(end.inverse_hessian))
+    values, vectors = np.linalg.eigh(end.inverse_hessian / np.outer(scale, scale))
+    root = scale[:, None] * vectors * np.sqrt(np.maximum(values, 1e-12 * values[-1]))
+    columns = []
+    for direction in root.T:
+        value, gradient = yield end.position + _PROBE * direction
+        if not (np.isfinite(value) and np.all(np.isfinite(gradient))):
+            return None
+        columns.append(root.T @ (end.gradient - gradient) / _PROBE)
+    values, vectors = np.linalg.eigh(0.5 * (np.array(columns) + np.array(columns).T))
+    reliable = bool(np.min(np.abs(values)) > _FLAT)
+    whitened = root @ (vectors / np.sqrt(np.maximum(np.abs(values), _FLAT)))
+    return whitened @ whitened.T, reliable
 
 
 def _direction(gradient, hessian, pairs):
@@ -87,7 +118,7 @@ def _direction(gradient, hessian, pairs):
     if hessian is not None:
         return hessian @ gradient
     if not pairs:
-        return gradient.copy()
+        return gradient
     # two-loop recursion (Nocedal, 1980)
     direction, shares = gradient.copy(), []
     for step, change, weight in reversed(pairs):

@@ -1,25 +1,28 @@
 """HMC and NUTS for a density over a flat vector."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from abduce.errors import InitializationError, InvalidAlgorithm
+from abduce.errors import InitializationError
 
-from .chains import Chains, Draws
+from .chains import Chains
 from .counter_random import chain_seeds
+from .fixed_length import run_hmc
 from .linear_map import diagonal_map, layout_rank
+from .machine import LogDensity
+from .pacing import Pacer
+from .report import warnings_of
 from .settings import HMCConfig, HMCRun
-from .trajectory import LogDensity, run_chain
+from .trajectory import run_nuts
 from .warmup import warm_up
 
 __all__ = ["run"]
 
 MAX_ATTEMPTS = 100
-_SECONDS_PER_CALL = 0.3  # an interrupt is seen this soon
+_SINGLE_KERNEL_LIMIT = 256  # larger dimensions fill a kernel of their own
 
 
 def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
@@ -48,27 +51,42 @@ def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
     rank = layout_rank(dim, config.dense_mass)
     threads = _use_threads(config)
 
-    def program(log_density, *args, on_cpu):
-        return run_chain(log_density, *args, max_depth=config.max_tree_depth,
-                         on_cpu=on_cpu and dim <= 256)
+    compiled = run_nuts if config.kind == "nuts" else run_hmc
 
-    chains = Chains(program, log_density, data, seeds, first, threads=threads)
+    def program(log_density, *args, on_cpu):
+        return compiled(log_density, *args, max_depth=config.max_tree_depth,
+                        on_cpu=on_cpu and dim <= _SINGLE_KERNEL_LIMIT)
+
+    chains = Chains(program, log_density, data, seeds, first, threads=threads,
+                    num_steps=config.num_steps or 0, length=config.trajectory_length or 0.0)
     try:
-        _find_start(chains, diagonal_map(np.ones(dim), rank), key, propose_initial,
-                    describe_failure)
-        pacer = _Pacer(chains, config)
-        warmup = warm_up(chains, config, rank, pacer.advance)
-        chains.restart_averages(float(np.log(warmup.step_size)))
-        draws = pacer.advance(config.num_samples // config.thinning, warmup.metric,
-                              max_depth=config.max_tree_depth, thinning=config.thinning)
+        starts = _Starts(chains, rank, key, propose_initial, describe_failure)
+        starts.settle(list(range(config.num_chains)))
+        pacer = Pacer(chains, config)
+        try:
+            warmup = warm_up(chains, config, rank, pacer.advance, starts.replace)
+            chains.restart_averages(float(np.log(warmup.step_size)))
+            pacer.start_sampling(warmup.num_draws)
+            draws = pacer.advance(config.num_samples // config.thinning, warmup.metric,
+                                  keep_on_interrupt=True, max_depth=config.max_tree_depth,
+                                  thinning=config.thinning)
+        finally:
+            pacer.close()
     finally:
         chains.close()
     stats = dict(draws.stats)
     for name, dtype in (("n_steps", np.int32), ("tree_depth", np.int32), ("diverging", bool)):
         stats[name] = stats[name].astype(dtype)
+    messages = warnings_of(draws.positions, stats, config)
+    if config.kind == "hmc":
+        del stats["tree_depth"]
+    if pacer.interrupted:
+        messages.insert(0, f"ab.{config.kind}: interrupted after {draws.positions.shape[1]} of "
+                           f"{config.num_samples // config.thinning} draws per chain. These are "
+                           f"valid, if fewer; call again for more.")
     return HMCRun(draws.positions, stats, warmup, warmup.num_gradients,
                   chains.num_gradients - warmup.num_gradients, warmup.step_size,
-                  warmup.metric_kind)
+                  warmup.metric_kind, messages, pacer.interrupted)
 
 
 def _use_threads(config: HMCConfig) -> bool:
@@ -77,47 +95,38 @@ def _use_threads(config: HMCConfig) -> bool:
     return config.chain_method == "threads"
 
 
-def _find_start(chains: Chains, metric, key, propose_initial, describe_failure) -> None:
-    """Replaces candidates until each chain has a finite log density and gradient."""
-    pending = list(range(chains.num_chains))
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        chains.evaluate(metric, pending)
-        finite = np.isfinite(chains.log_densities) & np.all(np.isfinite(chains.gradients), 1)
-        pending = [i for i in range(chains.num_chains) if not finite[i]]
-        if not pending:
-            return
-        candidates = np.asarray(propose_initial(key, attempt))
+class _Starts:
+    """Candidate starting points, until each chain has one with finite density and gradient."""
+
+    def __init__(self, chains: Chains, rank: int, key, propose, describe):
+        self.chains, self.key, self.propose, self.describe = chains, key, propose, describe
+        self.metric = diagonal_map(np.ones(chains.dim), rank)
+        self.attempt = 0
+
+    def replace(self, pending: list[int]) -> None:
+        """Gives the listed chains new starting points."""
+        self.attempt += 1
+        candidates = np.asarray(self.propose(self.key, self.attempt))
         for i in pending:
-            chains.positions[i] = candidates[i]
-    reason = describe_failure(chains.positions[pending[0]]) if describe_failure else (
-        f"the log density is {chains.log_densities[pending[0]]} at {chains.positions[pending[0]]}")
-    raise InitializationError(
-        f"No starting point with finite log density and gradient for chain {pending[0]} in "
-        f"{MAX_ATTEMPTS} attempts: {reason}")
+            self.chains.positions[i] = candidates[i]
+        self.settle(pending)
 
-
-class _Pacer:
-    """Splits requests into calls that end soon enough to notice an interrupt."""
-
-    def __init__(self, chains: Chains, config: HMCConfig):
-        self.chains, self.config = chains, config
-        self.per_call = 50
-
-    def advance(self, num_draws: int, metric, **options) -> Draws:
-        """As `Chains.advance`, for any number of draws."""
-        parts, done = [], 0
-        while done < num_draws:
-            count = min(num_draws - done, self.per_call, self.chains.max_draws())
-            begin = time.perf_counter()
-            parts.append(self.chains.advance(count, metric, target=self.config.target_accept_prob,
-                                             **options))
-            seconds = max(time.perf_counter() - begin, 1e-6)
-            self.per_call = max(1, int(min(4 * self.per_call,
-                                           count * _SECONDS_PER_CALL / seconds)))
-            done += count
-        joined = Draws.__new__(Draws)
-        joined.positions = np.concatenate([p.positions for p in parts], 1)
-        joined.gradients = np.concatenate([p.gradients for p in parts], 1)
-        joined.stats = {name: np.concatenate([p.stats[name] for p in parts], 1)
-                        for name in parts[0].stats}
-        return joined
+    def settle(self, pending: list[int]) -> None:
+        """Replaces points of the listed chains until all are usable."""
+        chains = self.chains
+        for _ in range(MAX_ATTEMPTS):
+            chains.evaluate(self.metric, pending)
+            finite = np.isfinite(chains.log_densities) & np.all(np.isfinite(chains.gradients), 1)
+            pending = [i for i in pending if not finite[i]]
+            if not pending:
+                return
+            self.attempt += 1
+            candidates = np.asarray(self.propose(self.key, self.attempt))
+            for i in pending:
+                chains.positions[i] = candidates[i]
+        worst = pending[0]
+        reason = self.describe(chains.positions[worst]) if self.describe else (
+            f"the log density is {chains.log_densities[worst]} at {chains.positions[worst]}.")
+        raise InitializationError(
+            f"No starting point with finite log density and gradient for chain {worst} in "
+            f"{MAX_ATTEMPTS} attempts: {reason}")

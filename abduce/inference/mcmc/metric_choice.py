@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .linear_map import LinearMap
+from .linear_map import LinearMap, diagonal_map
 
-__all__ = ["Choice", "choose_metric", "inverse_hessian_map", "map_cost"]
+__all__ = ["Choice", "choose_metric", "covariance_map", "irregularity", "whiten"]
 
 _WORTH_STRUCTURE = 0.9  # a structured map must cut the predicted cost to this share
 _SHRINK = 5.0  # draws' worth of the identity mixed into covariances, in scaled coordinates
@@ -82,17 +82,29 @@ def choose_metric(positions: np.ndarray, gradients: np.ndarray, current: LinearM
     return Choice(kind, fit(pairs, rank), float(cost), float(current_cost))
 
 
-def map_cost(metric: LinearMap, positions: np.ndarray, gradients: np.ndarray) -> float:
-    """The predicted cost of a map on draws; 1 is ideal."""
-    return _cost(metric, _centre(positions, gradients))
+def irregularity(metric: LinearMap, gradients: np.ndarray) -> float:
+    """How unequal the curvature is over the posterior.
+
+    The squared length of the gradient, seen through the map, has the variance of a chi-square for
+    a Gaussian. Returns its standard deviation over the Gaussian's: about 1 for regular targets,
+    above 2 for funnels, whatever the metric.
+
+    Args:
+        metric: The map.
+        gradients: `(num_chains, num_draws, dim)`.
+    """
+    dim = gradients.shape[-1]
+    g = _pull(metric, np.asarray(gradients, np.float64))
+    squared = np.sum(np.square(g - g.mean((0, 1))), -1)
+    return float(squared.std() / squared.mean() * np.sqrt(dim / 2))
 
 
-def inverse_hessian_map(inverse_hessian: np.ndarray, rank: int) -> LinearMap:
-    """The map of an estimate of the covariance, diagonal where the layout is tall."""
-    scale = np.sqrt(np.diag(inverse_hessian))
-    if rank != inverse_hessian.shape[0]:
-        return _diagonal(scale, rank)
-    return _dense(_root(inverse_hessian / np.outer(scale, scale)), scale)
+def covariance_map(covariance: np.ndarray, rank: int) -> LinearMap:
+    """The map of a covariance, diagonal where the layout is tall."""
+    scale = np.sqrt(np.diag(covariance))
+    if rank != covariance.shape[0]:
+        return diagonal_map(scale, rank)
+    return _dense(_root(covariance / np.outer(scale, scale)), scale)
 
 
 def _centre(positions, gradients) -> _Pairs:
@@ -122,12 +134,6 @@ def _fisher_scale(pairs: _Pairs) -> np.ndarray:
     return np.where(usable, scale, np.where(sd_x > 0, sd_x, 1.0))
 
 
-def _diagonal(scale: np.ndarray, rank: int) -> LinearMap:
-    dim = scale.shape[0]
-    factor = np.diag(scale) if rank == dim else np.zeros((dim, rank))
-    return LinearMap(scale, factor, np.zeros(rank), np.array(False))
-
-
 def _dense(root: np.ndarray, scale: np.ndarray) -> LinearMap:
     """From a covariance given as `diag(scale) root root^T diag(scale)`."""
     return LinearMap(scale, scale[:, None] * root, np.zeros(len(scale)), np.array(True))
@@ -137,12 +143,12 @@ def _diagonal_welford(pairs: _Pairs, rank: int) -> LinearMap:
     num = pairs.x.shape[0]
     sd_x, fisher = _spread(pairs.x), _fisher_scale(pairs)
     # few draws lean on the gradients
-    return _diagonal((sd_x**num * fisher**_SHRINK) ** (1 / (num + _SHRINK))
+    return diagonal_map((sd_x**num * fisher**_SHRINK) ** (1 / (num + _SHRINK))
                      if num < 50 else np.where(sd_x > 0, sd_x, fisher), rank)
 
 
 def _diagonal_fisher(pairs: _Pairs, rank: int) -> LinearMap:
-    return _diagonal(_fisher_scale(pairs), rank)
+    return diagonal_map(_fisher_scale(pairs), rank)
 
 
 def _dense_welford(pairs: _Pairs, rank: int) -> LinearMap:
@@ -189,20 +195,29 @@ def _low_rank_fisher(pairs: _Pairs, rank: int) -> LinearMap:
 
 
 def _cost(metric: LinearMap, pairs: _Pairs) -> float:
-    x, g = _whiten(metric, pairs)
-    return float(np.sqrt(_largest(x) * _largest(g)))
+    return float(np.sqrt(_largest(whiten(metric, pairs.x)) * _largest(_pull(metric, pairs.g))))
 
 
-def _whiten(metric: LinearMap, pairs: _Pairs) -> _Pairs:
+def whiten(metric: LinearMap, x: np.ndarray) -> np.ndarray:
+    """`A^-1 x` for vectors along the last axis."""
     scale, factor, core = (np.asarray(a, np.float64) for a in metric[:3])
     dim, rank = factor.shape
     if not metric.is_structured:
-        return _Pairs(pairs.x / scale, pairs.g * scale)
+        return x / scale
     if rank == dim:
-        return _Pairs(np.linalg.solve(factor, pairs.x.T).T, pairs.g @ factor)
-    x, g = pairs.x / scale, pairs.g * scale
-    return _Pairs(x - (x @ factor) * (core / (1 + core)) @ factor.T,
-                  g + (g @ factor) * core @ factor.T)
+        return np.linalg.solve(factor, x.reshape(-1, dim).T).T.reshape(x.shape)
+    z = x / scale
+    return z - (z @ factor) * (core / (1 + core)) @ factor.T
+
+
+def _pull(metric: LinearMap, g: np.ndarray) -> np.ndarray:
+    """`A^T g` for gradients along the last axis."""
+    scale, factor, core = (np.asarray(a, np.float64) for a in metric[:3])
+    if not metric.is_structured:
+        return g * scale
+    if factor.shape[0] == factor.shape[1]:
+        return g @ factor
+    return g * scale + ((g * scale) @ factor) * core @ factor.T
 
 
 def _largest(a: np.ndarray) -> float:

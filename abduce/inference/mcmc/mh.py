@@ -102,14 +102,14 @@ class mh(Algorithm):
                 f"are returned."
             )
         join = jnp.concatenate if problem.is_traced else np.concatenate
-        draws, stats = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
+        draws, active, stats = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
         order = [a for a in problem.program.sites if a in draws]
         if not problem.is_traced:
             messages += _messages(stats)
         stats["num_nan"] = stats["num_nan"].sum()
         return make_posterior(
             problem, {a: draws[a] for a in order}, algorithm="mh", diagnostics=stats,
-            messages=messages,
+            messages=messages, active=active,
         )  # fmt: skip
 
 
@@ -287,8 +287,10 @@ def _advance(size, count, thinning, setup, state, key):
             trace, rate, nans = jax.lax.fori_loop(
                 0, n, inner, (trace, jnp.float32(0), jnp.int32(0))
             )
+            values = {**trace.choices, **trace.deterministics}
+            active = {a: x for a, x in trace.active.items() if a in values}
             stats = {"acceptance_rate": rate, "lp": trace._log_density, "num_nan": nans}
-            return trace, ({**trace.choices, **trace.deterministics}, stats)
+            return trace, (values, active, stats)
 
         return jax.lax.scan(step, trace, jnp.arange(size))
 

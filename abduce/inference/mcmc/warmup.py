@@ -15,17 +15,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .chains import Chains, Draws
-from .descent import descend
 from .linear_map import LinearMap, diagonal_map
-from .metric_choice import choose_metric, inverse_hessian_map
+from .metric_choice import choose_metric, irregularity
+from .report import split_rhat
 from .settings import HMCConfig
-from .trajectory import DualAverage
+from .start import approach
+from .step_size import initial_log_step, tune
+from .machine import DualAverage
 
-__all__ = ["Warmup", "split_rhat", "warm_up"]
+__all__ = ["Warmup", "warm_up"]
 
 _FIRST_WINDOW, _GROWTH = 12, 1.5
+_FINAL_DRAWS = 90  # to choose the step size that sampling uses
 _FIRST_DEPTH = 4  # the cap of the first window; one more in each that follows
 _GOOD_ENOUGH = 1.15  # cost of the metric in use over that of a refitted one
+_REGULAR = 1.5  # largest irregularity of a target with about the same curvature everywhere
 _AGREEMENT = 1.1  # largest split R-hat at which chains count as mixed during warm-up
 
 
@@ -53,7 +57,7 @@ class Warmup:
 
 
 def warm_up(chains: Chains, config: HMCConfig, rank: int,
-            advance: Callable[..., Draws]) -> Warmup:
+            advance: Callable[..., Draws], propose: Callable[[list[int]], None]) -> Warmup:
     """Adapts step size and metric.
 
     Args:
@@ -62,6 +66,7 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
         rank: Columns of the metric's layout.
         advance: `(num_draws, metric, **options) -> Draws`, which splits long windows into calls
             and reports progress.
+        propose: Replaces the positions of the listed chains by new, finite starting points.
 
     Returns:
         The result, also when `config.num_warmup` is 0 (an initial step size, unit metric).
@@ -69,25 +74,28 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
     unit = diagonal_map(np.ones(chains.dim), rank)
     warmup = Warmup(unit)
     if config.num_warmup > 0:
-        warmup.metric, warmup.metric_kind = _descend(chains, unit, config)
-    log_step = (_initial_log_step(chains, warmup.metric, config.target_accept_prob)
+        first = approach(chains, unit, propose)
+        if first is not None and config.adapt_mass_matrix:
+            if config.dense_mass is False:
+                first = diagonal_map(first.scale, rank)
+            warmup.metric = first
+            warmup.metric_kind = "dense" if first.is_structured else "diagonal"
+    log_step = (initial_log_step(chains, warmup.metric, config.target_accept_prob)
                 if config.step_size is None else float(np.log(config.step_size)))
 
     left = config.num_warmup
-    final = min(50, max(1, left // 5))
+    reserve = min(_FINAL_DRAWS, left // 4) if config.adapt_step_size else 0
     size, index = _FIRST_WINDOW, 0
     recent: list[Draws] = []
-    while left > 0:
+    while left > reserve and not warmup.settled:
         # a window that would leave less than a longer one takes the rest
-        last = left <= final or warmup.settled
-        count = min(left, final) if last else min(size, left - final)
-        if not last and left - final - count < _GROWTH * count / 2:
-            count = left - final
+        count = min(size, left - reserve)
+        if left - reserve - count < _GROWTH * count / 2:
+            count = left - reserve
         # pulled towards larger steps, which are cheap to try (Hoffman and Gelman, 2014)
         chains.restart_averages(log_step, pull=np.log(2.0))
-        draws = advance(count, warmup.metric, max_depth=min(config.max_tree_depth,
-                        config.max_tree_depth if last else _FIRST_DEPTH + index),
-                        adapt=config.adapt_step_size)
+        draws = advance(count, warmup.metric, adapt=config.adapt_step_size,
+                        max_depth=min(config.max_tree_depth, _FIRST_DEPTH + index))
         log_step = _pooled_log_step(chains, log_step, config)
         left -= count
         warmup.num_draws += count
@@ -96,36 +104,21 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
             "mean_steps": float(np.mean(draws.stats["n_steps"])),
             "acceptance_rate": float(np.mean(draws.stats["acceptance_rate"])),
             "num_gradients": chains.num_gradients})
-        if last:
-            break
+        recent = [*recent[-1:], draws] if index > 2 else [draws]
         if config.adapt_mass_matrix:
-            recent = [*recent[-1:], draws] if index > 2 else [draws]
             warmup.settled = _refit(warmup, recent, config)
-        elif config.end_warmup_early:
-            warmup.settled = _agree(draws) and count >= 25
+        else:
+            warmup.settled = count >= 25 and _agree(draws)
         warmup.settled &= config.end_warmup_early
         size, index = int(size * _GROWTH), index + 1
+    if reserve:
+        regular = irregularity(warmup.metric, recent[-1].gradients) < _REGULAR if recent else False
+        log_step = tune(chains, warmup.metric, log_step, reserve, config.target_accept_prob,
+                        config.max_tree_depth, advance, regular)
+        warmup.num_draws += reserve
     warmup.step_size = float(np.exp(log_step))
     warmup.num_gradients = chains.num_gradients
     return warmup
-
-
-def split_rhat(values: np.ndarray) -> np.ndarray:
-    """Split R-hat (Gelman et al., BDA3, section 11.4).
-
-    Args:
-        values: `(num_chains, num_draws, ...)`, at least 4 draws.
-
-    Returns:
-        One number per trailing element; infinite where chains are constant and differ.
-    """
-    half = values.shape[1] // 2
-    parts = np.concatenate([values[:, :half], values[:, -half:]]).astype(np.float64)
-    within = parts.var(1, ddof=1).mean(0)
-    between = parts.mean(1).var(0, ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt((half - 1) / half + between / within)
-    return np.where(within > 0, ratio, np.where(between > 0, np.inf, 1.0))
 
 
 def _agree(draws: Draws) -> bool:
@@ -155,47 +148,3 @@ def _pooled_log_step(chains: Chains, log_step: float, config: HMCConfig) -> floa
         return log_step
     steps = chains.averages[:, DualAverage._fields.index("log_step_average")]
     return float(np.median(steps)) if np.all(np.isfinite(steps)) else log_step
-
-
-def _initial_log_step(chains: Chains, metric: LinearMap, target: float) -> float:
-    """Doubles or halves until one leapfrog step is accepted at about the target rate."""
-    log_step, direction = float(np.log(chains.dim ** -0.25)), 0
-    for _ in range(40):
-        chains.restart_averages(log_step)
-        draws = chains.advance(1, metric, max_depth=1)
-        good = np.median(draws.stats["acceptance_rate"]) > target
-        if direction == 0:
-            direction = 1 if good else -1
-        if good != (direction == 1):
-            return log_step if good else log_step - np.log(2.0)
-        log_step += direction * np.log(2.0)
-    return log_step
-
-
-def _descend(chains: Chains, unit: LinearMap, config: HMCConfig) -> tuple[LinearMap, str]:
-    """Runs the descents of all chains in step; returns a first metric."""
-    searches = {i: descend(chains.positions[i]) for i in range(chains.num_chains)}
-    ends = {}
-    for i, search in list(searches.items()):
-        chains.positions[i] = next(search)
-    while searches:
-        chains.evaluate(unit, list(searches))
-        for i, search in list(searches.items()):
-            try:
-                chains.positions[i] = search.send(
-                    (float(chains.log_densities[i]), chains.gradients[i].copy()))
-            except StopIteration as stop:
-                ends[i] = stop.value
-                del searches[i]
-    for i, end in ends.items():
-        chains.positions[i] = end.position
-    estimates = [end.inverse_hessian for end in ends.values() if end.inverse_hessian is not None]
-    rank = unit.factor.shape[1]
-    if estimates and config.adapt_mass_matrix:
-        metric = inverse_hessian_map(np.mean(estimates, 0), rank)
-        if np.all(np.isfinite(metric.factor)):
-            kind = "dense" if metric.is_structured else "diagonal"
-            if kind == "diagonal" or config.dense_mass is not False:
-                return metric, kind
-            return diagonal_map(metric.scale, rank), "diagonal"
-    return unit, "diagonal"
