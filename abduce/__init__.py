@@ -41,6 +41,8 @@ from abduce.inference.mcmc.algorithms import hmc, nuts
 from abduce.inference.mcmc.mh import mh
 from abduce.inference.posterior import Posterior
 from abduce.inference.stored import load
+from abduce.ppl.bridge import from_numpyro
+from abduce.ppl.graph import Graph, graph
 from abduce.ppl.inside import log_density, propose
 from abduce.ppl.language import deterministic, factor, sample, scaled, scope, while_loop
 from abduce.ppl.masked import masked
@@ -63,6 +65,7 @@ __all__ = [
     "Degenerate",
     "DiscreteLatent",
     "DuplicateAddress",
+    "Graph",
     "InitializationError",
     "InvalidAlgorithm",
     "InvalidModel",
@@ -82,6 +85,8 @@ __all__ = [
     "dist",
     "do",
     "factor",
+    "from_numpyro",
+    "graph",
     "hmc",
     "importance",
     "init",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from abduce.errors import DiscreteLatent, InvalidAlgorithm
+from abduce.errors import DiscreteLatent, InvalidAlgorithm, InvalidValue, suggest
+from abduce.ppl import _jax
 from abduce.ppl.data import labels_of
 from abduce.ppl.model import Model
 from abduce.ppl.operations import prepare_given, require_density
@@ -49,6 +51,12 @@ class Problem:
             if a not in self.given or self.given[a].mask is not None
         }
 
+    def is_all_observed(self, address: str) -> bool:
+        """Whether a partly observed site turns out to have nothing hidden."""
+        given = self.given.get(address)
+        mask = None if given is None else given.mask
+        return mask is not None and _jax.is_concrete(mask) and bool(np.all(mask))
+
     @property
     def is_traced(self) -> bool:
         """Whether data or arguments are tracers, as under an outer `jax.vmap`."""
@@ -62,7 +70,7 @@ class Problem:
             DiscreteLatent: One is discrete.
         """
         for address, info in self.latents.items():
-            if info.is_discrete:
+            if info.is_discrete and not self.is_all_observed(address):
                 raise DiscreteLatent(
                     f"{name} needs gradients, but site {address!r} ({info.site.where}) is "
                     f"{info.family}, shape {info.shape}. Sum it out by hand with ab.factor and "
@@ -88,43 +96,66 @@ def make_problem(
     args: tuple[Any, ...],
     given: Mapping[str, Any] | None,
     kwargs: dict[str, Any],
-    name: str,
+    name: str | None,
 ) -> Problem:
     """Stages the model and checks the data.
 
     `coords=` is taken out of the keyword arguments unless the model has such an argument.
+
+    Args:
+        name: Of the algorithm, for messages; None if no density is needed.
     """
     kwargs = dict(kwargs)
     coords: dict[str, list[Any]] = {}
-    for value in [*args, *kwargs.values(), *(given or {}).values()]:
+    data = given.values() if isinstance(given, Mapping) else ()
+    for value in [*args, *kwargs.values(), *data]:
         coords.update(labels_of(value))
+    named = {}
     if "coords" in kwargs and not _accepts(model, "coords"):
-        coords.update({k: list(v) for k, v in (kwargs.pop("coords") or {}).items()})
+        named = _as_coords(kwargs.pop("coords"))
     bare = model if model.algorithm is None else model.with_algorithm(None)
     program, arguments = bare._stage(args, kwargs)
     checked = prepare_given(program, given)
-    require_density(program, name)
-    _check_coords(program, coords)
+    if name is not None:
+        require_density(program, name)
+    _check_names(program, named)
+    coords.update(named)
+    _check_lengths(program, coords)
     return Problem(bare, program, arguments, checked, args, kwargs, coords)
 
 
 def _accepts(model: Any, name: str) -> bool:
-    import inspect
-
+    while hasattr(model, "base"):
+        model = model.base
     fn = getattr(model, "fn", None)
     return fn is not None and name in inspect.signature(fn).parameters
 
 
-def _check_coords(program: Program, coords: dict[str, list[Any]]) -> None:
+def _as_coords(coords: Any) -> dict[str, list[Any]]:
+    if coords is not None and not isinstance(coords, Mapping):
+        raise InvalidValue(
+            f"coords is a dict of labels by dimension name, got {type(coords).__name__}. Write "
+            f'coords={{"school": names}}.'
+        )
+    return {k: list(v) for k, v in (coords or {}).items()}
+
+
+def _check_names(program: Program, coords: dict[str, list[Any]]) -> None:
+    known = list(dict.fromkeys(d for s in program.sites.values() for d in s.dims if d))
+    for dim in coords:
+        if dim not in known:
+            raise InvalidValue(
+                f'coords["{dim}"] names no dimension of `{program.name}` '
+                f"({', '.join(known) or 'it names none'}).{suggest(dim, known)} Dimensions are "
+                f'named by jax.vmap(..., axis_name="{dim}") and ab.sample(..., dims="{dim}").'
+            )
+
+
+def _check_lengths(program: Program, coords: dict[str, list[Any]]) -> None:
     for info in program.sites.values():
         for dim, length in zip(info.dims, info.shape, strict=True):
             if dim in coords and len(coords[dim]) != length:
-                raise InvalidAlgorithm(
+                raise InvalidValue(
                     f'coords["{dim}"] has {len(coords[dim])} labels, but site '
                     f"{info.address!r} has length {length} along {dim!r}."
                 )
-
-
-def as_numpy(tree: Any) -> Any:
-    """Copies arrays to the host."""
-    return jax.tree.map(np.asarray, tree)

@@ -19,6 +19,7 @@ from abduce.errors import Degenerate, InvalidValue
 
 __all__ = ["fit_generalized_pareto", "khat_threshold", "psis", "weights_ess"]
 
+LEVEL = 0.01  # nats; largest weights this close are equal, up to the rounding of float32
 MIN_TAIL = 5  # fewer tail points than this do not determine a shape
 
 
@@ -35,7 +36,7 @@ def psis(log_weights, relative_efficiency: float = 1.0) -> tuple[np.ndarray, np.
             the largest raw one. `logsumexp(smoothed) - log(draws)` estimates the log evidence.
         k: Shape `(...)`, the tail's shape. Compare with `khat_threshold`. `inf` where fewer than
             five draws lie in the tail, which is too few to judge; `-inf` where the largest
-            weights are all equal, so that there is no tail to smooth.
+            weights are equal up to 1%, so that there is no tail to smooth.
 
     Raises:
         InvalidValue: A log weight is NaN or `+inf`, or there are none.
@@ -144,7 +145,7 @@ def _smooth(log_weights: np.ndarray, relative_efficiency: float) -> tuple[np.nda
     order = np.argsort(x, kind="stable")
     # below the smallest normal float the exceedances would all be the weight itself
     cutoff = max(x[order[-tail_size - 1]], math.log(np.finfo(np.float64).tiny))
-    if cutoff == 0:  # the threshold is the largest weight: many draws share it
+    if cutoff > -LEVEL:  # all of the tail is as large as the largest weight
         return log_weights.copy(), -math.inf
     tail = order[x[order] > cutoff]
     if len(tail) < MIN_TAIL:

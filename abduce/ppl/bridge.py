@@ -55,7 +55,10 @@ class NumPyroModel(Model):
 
     @property
     def name(self) -> str:
-        return getattr(self.fn, "__name__", type(self.fn).__name__)
+        f: Any = self.fn
+        while getattr(f, "fn", None) is not None:  # handlers wrap the function they act on
+            f = f.fn
+        return getattr(f, "__name__", type(f).__name__)
 
     def emit(self, *args, **kwargs):
         with _staging(object()), _Bridge(self.name):
@@ -113,9 +116,9 @@ class _Bridge(numpyro.primitives.Messenger):
         self.joined: dict[Any, Any] = {}  # values of partly observed sites, by caller's frame
 
     def process_message(self, msg):
-        msg["stop"] = True  # handlers outside of the model are none of its business
         for handler in reversed(self.outer):
             handler.process_message(msg)
+        msg["stop"] = True  # handlers outside of the model are none of its business
         rule = _RULES.get(msg["type"])
         if rule is None:
             raise InvalidModel(
@@ -202,11 +205,18 @@ class _Bridge(numpyro.primitives.Messenger):
         outer = [h for h in stack[stack.index(self) + 1 :] if _acts_inside(h, self.name)]
         inside = _Bridge(self.name, outer)
         given = msg["kwargs"]["substitute_stack"]
-        rule = {scan_wrapper: _scan, cond_wrapper: _cond}[msg["fn"]]
-        msg["value"] = rule(inside, given, *msg["args"])
+        if msg["fn"] is scan_wrapper:
+            msg["value"] = _scan(inside, given, *msg["args"])
+        elif msg["fn"] is cond_wrapper:
+            msg["value"] = _cond(inside, given, *msg["args"])
+        else:
+            raise InvalidModel(
+                f"ab.from_numpyro: `{self.name}` has control flow by {msg['fn']!r}; known are "
+                f"scan and cond of numpyro.contrib.control_flow."
+            )
 
 
-_RULES: dict[str, Callable[[_Bridge, Any], None]] = {
+_RULES: dict[str, Callable[[Any, Any], Any]] = {
     "sample": _Bridge.sample,
     "deterministic": _Bridge.deterministic,
     "param": _Bridge.param,
@@ -283,7 +293,7 @@ def _scale_of(msg: Any, name: str) -> contextlib.AbstractContextManager[None]:
 def _masked_observe_frame() -> Any | None:
     """The frame of `numpyro.sample(obs_mask=)` that sent this message, if one did."""
     statements = (numpyro.sample.__code__, numpyro.deterministic.__code__)
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code not in statements:
         frame = frame.f_back
     caller = None if frame is None else frame.f_back

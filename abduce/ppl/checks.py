@@ -19,7 +19,7 @@ __all__ = [
     "check_support",
     "checked_mask",
     "coerce",
-    "static_support",
+    "is_whole_space",
 ]
 
 
@@ -102,10 +102,10 @@ def check_finite(value: Any, address: str, mask: Any, what: str) -> None:
         )
 
 
-def check_support(d: Any, value: Any, mask: Any, what: str) -> None:
+def check_support(spec: Any, value: Any, mask: Any, what: str) -> None:
     """Observed data outside a support that is known now is an error."""
-    support = static_support(d)
-    if support is None or not _jax.is_concrete(value):
+    support = spec.support
+    if support is None or is_whole_space(support) or not _jax.is_concrete(value):
         return
     if mask is not None and not _jax.is_concrete(mask):
         return
@@ -120,22 +120,13 @@ def check_support(d: Any, value: Any, mask: Any, what: str) -> None:
         shown = np.asarray(value)[first] if first else np.asarray(value)
         raise InvalidValue(
             f"{what}: value {shown} at index {first} is outside the support of "
-            f"{type(d).__name__} ({support}); {int((~ok).sum())} of {ok.size} values are. Correct "
+            f"{spec.family} ({support}); {int((~ok).sum())} of {ok.size} values are. Correct "
             f"the data, or use a distribution with a wider support."
         )
 
 
-def static_support(d: Any) -> Any | None:
-    """The support, if it does not depend on traced parameters and is not the whole space."""
-    try:
-        support = d.support
-    except NotImplementedError:
-        return None
-    if support is None or constraints.is_dependent(support):
-        return None
-    if any(not _jax.is_concrete(x) for x in jax.tree.leaves(support)):
-        return None
-    base = support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
-    return None if base in (constraints.real, constraints.real_vector) else support
+def is_whole_space(support: Any) -> bool:
+    """Whether a support is the real numbers, in any shape."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector, constraints.real_matrix)

@@ -40,7 +40,7 @@ from abduce.ppl.dataflow import Label, Visit, propagate
 from abduce.ppl.model import Model
 from abduce.ppl.program import Program, SiteInfo
 from abduce.ppl.selection import matching
-from abduce.ppl.site import DistSpec
+from abduce.ppl.site import DistSpec, Site
 
 __all__ = ["Edge", "Graph", "GraphAxis", "GraphSite", "graph"]
 
@@ -319,7 +319,7 @@ def graph_of(program: Program) -> Graph:
             return v.operand("leaf")
         if site.kind == "param":  # one value for all steps
             return {Label(address)}
-        if site.kind == "sample" and ("scale" in site.roles or _may_be_unnormalized(site.spec)):
+        if site.kind == "sample" and _may_be_unnormalized(site):
             unnormalized.add(address)
         # An observation that is computed from choices hands on those, too.
         return {v.label(address)} | v.operand("obs") | v.operand("mask")
@@ -411,9 +411,12 @@ def _groups(
     return groups
 
 
-def _may_be_unnormalized(spec: DistSpec) -> bool:
-    """Whether a distribution's density may integrate to something that depends on its parents."""
-    for d in _parts(_template(spec)):
+def _may_be_unnormalized(site: Site) -> bool:
+    """Whether a site's density may integrate to something that depends on its parents."""
+    if "scale" in site.roles:
+        return True
+    assert site.spec is not None
+    for d in _parts(_template(site.spec)):
         if isinstance(d, (MaskedDistribution, ImproperUniform, Unit)):
             return True
         if isinstance(d, Delta) and not (isinstance(d.log_density, float) and d.log_density == 0):

@@ -192,7 +192,7 @@ def _sample_one(address: str, d: Any, obs: Any, dims: Any, grad: Any) -> Any:
     if obs is not None:
         value = coerce(obs, site.dtype, address, what=f"obs of site {address!r} ({where})")
         check_finite(value, address, mask, f"obs of site {address!r} ({where})")
-        check_support(d, value, mask, f"obs of site {address!r} ({where})")
+        check_support(spec, value, mask, f"obs of site {address!r} ({where})")
         value = jnp.broadcast_to(value, shape)
         site, operands = site.with_operand(operands, "obs", value, mapped=True)
         if mask is not None:

@@ -71,7 +71,7 @@ def lay_out(graph: Any, widths: dict[str, float], titles: dict[str, float]) -> L
     frames: list[Frame] = []
 
     def collect(box):
-        if box.items is None:
+        if not box.is_frame:
             points[box.name] = (box.x + box.width / 2, rows[box.top])
             return
         if box is not root:
@@ -97,7 +97,8 @@ class _Box:
         name: Address, or an identifier of the passage or frame.
         width: In points.
         top, bottom: First and last layer.
-        items: What a frame holds; None for the others.
+        items: What a frame holds.
+        is_frame: Whether it is a frame.
         x: Left edge; relative to the enclosing frame until `_settle`.
         title: Of a frame.
         centers: Of all sites and passages inside, relative to the left edge.
@@ -107,14 +108,15 @@ class _Box:
     width: float = 0.0
     top: int = 0
     bottom: int = 0
-    items: list[_Box] | None = None
+    items: list[_Box] = dataclasses.field(default_factory=list)
+    is_frame: bool = False
     x: float = 0.0
     title: str = ""
     centers: dict[Any, float] = dataclasses.field(default_factory=dict)
 
     @property
     def frames(self) -> list[_Box]:
-        return [b for b in self.items or () if b.items is not None]
+        return [b for b in self.items if b.is_frame]
 
     @property
     def head(self) -> float:
@@ -148,57 +150,70 @@ def _tree(
     graph: Any, layers: dict[str, int], widths: dict[str, float]
 ) -> tuple[_Box, list[Any], dict[Any, list[Any]]]:
     """Frames with their sites and passages, links between neighbours, and the way of each edge."""
-    root = _Box((), items=[])
+    root = _Box((), is_frame=True)
     frames = {(): root}
     for address, site in graph.sites.items():
         path: tuple[Any, ...] = ()
         for axis, group in zip(site.axes, graph.groups[address], strict=True):
             outer, path = frames[path], (*path, group)
             if path not in frames:
-                frames[path] = _Box(path, items=[], title=str(axis))
+                frames[path] = _Box(path, is_frame=True, title=str(axis))
                 outer.items.append(frames[path])
         box = _Box(address, widths[address], layers[address], layers[address])
         frames[path].items.append(box)
-    links, routes = [], {}
+    passages: set[Any] = set()
+    links: dict[Any, None] = {}
+    routes: dict[Any, list[Any]] = {}
     for e in graph.edges:
         if e.lag:
             continue
         way = [e.source]
-        a, b = graph.groups[e.source], graph.groups[e.target]
-        n = 0
-        while n < min(len(a), len(b)) and a[n] == b[n]:
-            n += 1
+        common = _shared(graph.groups[e.source], graph.groups[e.target])
         for layer in range(layers[e.source] + 1, layers[e.target]):
-            passage = (e, layer)
-            frames[a[:n]].items.append(_Box(passage, _GAP / 2, layer, layer))
+            passage = (e.source, common, layer)  # edges from one site share it
+            if passage not in passages:
+                passages.add(passage)
+                frames[common].items.append(_Box(passage, _GAP / 2, layer, layer))
             way.append(passage)
         way.append(e.target)
         routes[e] = way
-        links += itertools.pairwise(way)
-    return root, links, routes
+        links.update(dict.fromkeys(itertools.pairwise(way)))
+    return root, list(links), routes
+
+
+def _shared(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The longest common beginning: the frames that are around both."""
+    pairs = zip(a, b, strict=False)
+    return tuple(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _arrange(box: _Box, links: list[Any], titles: dict[str, float]) -> None:
     """Places everything inside a frame, innermost frames first."""
-    assert box.items is not None
     for inner in box.frames:
         _arrange(inner, links, titles)
     for item in box.items:
-        if item.items is None:
+        if not item.is_frame:
             item.centers = {item.name: item.width / 2}
     box.top = min((b.top for b in box.items), default=0)
     box.bottom = max((b.bottom for b in box.items), default=0)
     owner = {name: item for item in box.items for name in item.centers}
-    near = [(a, b) for a, b in links if a in owner and b in owner and owner[a] is not owner[b]]
-    best, lowest = None, float("inf")
+    ends = [
+        (_End(owner[a], a), _End(owner[b], b))
+        for a, b in links
+        if a in owner and b in owner and owner[a] is not owner[b]
+    ]
+    near: dict[Any, list[tuple[_End, _End]]] = {item.name: [] for item in box.items}
+    for a, b in ends:
+        near[a.item.name].append((a, b))
+        near[b.item.name].append((b, a))
+    best, lowest = [item.x for item in box.items], float("inf")
     for sweep in range(_SWEEPS):
-        _sweep(box.items, near, owner, sweep)
-        cost = _cost(near, owner)
+        _sweep(box.items, near, sweep)
+        cost = _cost(ends)
         if cost < lowest - 1e-9:
             best, lowest = [item.x for item in box.items], cost
-    if best is not None:
-        for item, x in zip(box.items, best, strict=True):
-            item.x = x
+    for item, x in zip(box.items, best, strict=True):
+        item.x = x
     left = min((b.x for b in box.items), default=0.0)
     right = max((b.x + b.width for b in box.items), default=0.0)
     content = right - left
@@ -210,61 +225,79 @@ def _arrange(box: _Box, links: list[Any], titles: dict[str, float]) -> None:
         box.centers.update({name: item.x + c for name, c in item.centers.items()})
 
 
-def _sweep(items: list[_Box], links: list[Any], owner: dict[Any, _Box], sweep: int) -> None:
+class _End(NamedTuple):
+    """An end of a link: a site or passage, and the item that holds it."""
+
+    item: _Box
+    name: Any
+
+    @property
+    def offset(self) -> float:
+        return self.item.centers[self.name]
+
+    @property
+    def x(self) -> float:
+        return self.item.x + self.offset
+
+
+def _sweep(items: list[_Box], near: dict[Any, list[tuple[_End, _End]]], sweep: int) -> None:
     """Places the items once more, layer by layer, each near those it is linked to."""
-    upwards = sweep % 2 == 1
-    taken: list[_Box] = []
+    order = sorted(items, key=lambda b: b.top)
     if sweep:
-        order = sorted(items, key=lambda b: (-b.bottom if upwards else b.top, b.x + b.width / 2))
-    else:
-        order = sorted(items, key=lambda b: b.top)
+        up = sweep % 2 == 1
+        order = sorted(items, key=lambda b: (-b.bottom if up else b.top, b.x + b.width / 2))
+    middle = sum(b.x + b.width / 2 for b in items) / max(len(items), 1)
+    rows: dict[int, list[_Box]] = {}
     placed: set[int] = set()
     for item in order:
-        ends = [(owner[a].x + owner[a].centers[a], item.centers[b], owner[a])
-                for a, b in links if owner[b] is item]  # fmt: skip
-        ends += [(owner[b].x + owner[b].centers[b], item.centers[a], owner[b])
-                 for a, b in links if owner[a] is item]  # fmt: skip
-        known = [(x, c) for x, c, other in ends if sweep or id(other) in placed]
-        rivals = [b for b in taken if b.top <= item.bottom and item.top <= b.bottom]
-        if known:
-            wanted = sum(x - c for x, c in known) / len(known)
+        layers = range(item.top, item.bottom + 1)
+        rivals = list({id(b): b for r in layers for b in rows.get(r, ())}.values())
+        pulls = [
+            other.x - end.offset
+            for end, other in near[item.name]
+            if sweep or id(other.item) in placed
+        ]
+        if pulls:
+            wanted = sum(pulls) / len(pulls)
         elif sweep:  # nothing draws it anywhere: keep to the middle
-            wanted = sum(b.x + b.width / 2 for b in items) / len(items) - item.width / 2
+            wanted = middle - item.width / 2
         else:
             wanted = max((b.x + b.width + _GAP for b in rivals), default=0.0)
-        options = [wanted]
-        options += [b.x + b.width + _GAP for b in rivals]
-        options += [b.x - item.width - _GAP for b in rivals]
-        free = [
-            x
-            for x in options
-            if all(
-                x >= b.x + b.width + _GAP - 1e-6 or x + item.width + _GAP <= b.x + 1e-6
-                for b in rivals
-            )
-        ]
-        item.x = min(free, key=lambda x: (abs(x - wanted), x))
-        taken.append(item)
+        item.x = _nearest_free(wanted, item.width, rivals)
         placed.add(id(item))
+        for r in layers:
+            rows.setdefault(r, []).append(item)
 
 
-def _cost(links: list[Any], owner: dict[Any, _Box]) -> float:
+def _nearest_free(wanted: float, width: float, rivals: list[_Box]) -> float:
+    """The left edge nearest to the wanted one at which nothing is in the way."""
+    blocked = sorted((b.x - _GAP - width, b.x + b.width + _GAP) for b in rivals)
+    below = above = wanted  # nearest free points on either side
+    for low, high in blocked:
+        if low + 1e-6 < above < high - 1e-6:
+            above = high
+    for low, high in sorted(blocked, key=lambda span: -span[1]):
+        if low + 1e-6 < below < high - 1e-6:
+            below = low
+    return below if wanted - below < above - wanted else above
+
+
+def _cost(ends: list[tuple[_End, _End]]) -> float:
     """Length of the links, and a price for each crossing."""
-    ends = [(owner[a].x + owner[a].centers[a], owner[b].x + owner[b].centers[b]) for a, b in links]
-    length = sum(abs(x - y) for x, y in ends)
-    rows = [owner[a].bottom for a, _ in links]
+    spans = [(a.item.bottom, a.x, b.x) for a, b in ends]
+    few = spans[:300]
     crossings = sum(
-        rows[i] == rows[j] and (ends[i][0] - ends[j][0]) * (ends[i][1] - ends[j][1]) < 0
-        for i in range(min(len(links), 300))
-        for j in range(i)
+        p[0] == q[0] and (p[1] - q[1]) * (p[2] - q[2]) < 0
+        for i, p in enumerate(few)
+        for q in few[:i]
     )
-    return length + 60.0 * crossings
+    return sum(abs(x - y) for _, x, y in spans) + 60.0 * crossings
 
 
 def _settle(box: _Box, left: float) -> None:
     """Makes positions absolute."""
     box.x += left
-    for item in box.items or ():
+    for item in box.items:
         _settle(item, box.x)
 
 

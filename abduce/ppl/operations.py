@@ -13,7 +13,7 @@ import numpy as np
 
 from abduce.errors import InvalidValue, MissingData, MissingKey, NoDensity, UnknownAddress, suggest
 from abduce.ppl import _jax
-from abduce.ppl.checks import check_finite, check_support, coerce, static_support
+from abduce.ppl.checks import check_finite, check_support, coerce, is_whole_space
 from abduce.ppl.data import as_data
 from abduce.ppl.interpreter import State, walk
 from abduce.ppl.masked import Masked
@@ -142,7 +142,15 @@ def to_physical(info: SiteInfo, g: Given) -> Given:
     def move(x):
         return None if x is None else info.to_physical(x)
 
-    return Given(move(g.value), move(g.mask), move(g.hidden), g.unconstrained, g.trusted, g.shared)
+    return Given(
+        move(g.value),
+        move(g.mask),
+        move(g.hidden),
+        move(g.reference),
+        g.unconstrained,
+        g.trusted,
+        g.shared,
+    )
 
 
 def describe_sites(program: Program) -> str:
@@ -224,59 +232,15 @@ def prepare_one(program: Program, address: str, value: Any, where: str) -> Given
     if info.conditional:  # where the branch is not taken, the value is a stand-in
         return Given(jnp.asarray(value), None if mask is None else jnp.asarray(mask))
     check_finite(value, address, mask, label)
-    d = info_distribution(info)
-    trusted = False
-    if d is not None:
-        check_support(d, value, mask, label)
-        known = _jax.is_concrete(value) and (mask is None or _jax.is_concrete(mask))
-        trusted = known or (static_support(d) is None and not depends(d))
+    spec = info.site.spec
+    check_support(spec, value, mask, label)
+    known = _jax.is_concrete(value) and (mask is None or _jax.is_concrete(mask))
+    trusted = spec.support is not None and (known or is_whole_space(spec.support))
     return Given(jnp.asarray(value), None if mask is None else jnp.asarray(mask), trusted=trusted)
 
 
 def _dims_text(info: SiteInfo) -> str:
     return f" (dimensions {', '.join(str(d) for d in info.dims)})" if any(info.dims) else ""
-
-
-def depends(d: Any) -> bool:
-    """Whether the support of a rebuilt distribution is unknown until it runs."""
-    from numpyro.distributions import constraints
-
-    try:
-        return d.support is None or bool(constraints.is_dependent(d.support))
-    except NotImplementedError:
-        return True
-
-
-@functools.lru_cache(maxsize=4096)
-def _site_distribution(site: Any) -> Any | None:
-    """The site's distribution if its support does not depend on its parameters, else None."""
-    from numpyro.distributions import constraints
-
-    support = getattr(type_of(site), "support", None)
-    if isinstance(support, constraints.Constraint) and not constraints.is_dependent(support):
-        return _Supported(support, site.spec.family)
-    if not any(r == "leaf" for r in site.roles):
-        return site.spec.build([])
-    return None
-
-
-def type_of(site: Any) -> Any:
-    """The class of a site's distribution."""
-    node = site.spec.treedef.node_data()
-    return node[0] if node else None
-
-
-class _Supported:
-    """Stands for a distribution of which only the support matters."""
-
-    def __init__(self, support, family):
-        self.support = support
-        self.__class__ = type(family, (_Supported,), {})
-
-
-def info_distribution(info: SiteInfo) -> Any | None:
-    """Something with the `support` of a site, or None if that is known only at run time."""
-    return _site_distribution(info.site)
 
 
 def prepare_params(program: Program, params: Mapping[str, Any] | None) -> dict[str, Given]:

@@ -243,6 +243,13 @@ def stage_packed(arguments: Arguments) -> Program:
         traced = _staged.trace(arguments.static, arguments.dynamic)
     except jax.errors.JAXTypeError as e:
         raise _explain(e, name) from e
+    except TypeError as e:
+        if "not a valid JAX type" not in str(e):
+            raise
+        raise InvalidModel(
+            f"model `{name}` returns something that is neither an array nor a pytree of arrays: "
+            f"{str(e).split('traced for jit ')[-1]}. Return arrays only."
+        ) from None
     finally:
         Distribution._validate_args = was_validating
     return _analysed(traced.jaxpr, jax.tree.structure(traced.out_info), name)

@@ -85,7 +85,8 @@ def draw(graph: Any) -> Figure:
             boxstyle="round,pad=4", fill=False, ec=_FRAME, lw=0.9, zorder=0,
         )  # fmt: skip
         axes.add_patch(frame)
-        axes.text(f.right - 6, f.bottom - 4, f.title, size=_SMALL, color=_FAINT, ha="right")
+        style = {"size": _SMALL, "color": _FAINT, "ha": "right", "parse_math": False}
+        axes.text(f.right - 6, f.bottom - 4, f.title, **style)
     for edge in graph.edges:
         _draw_edge(axes, graph, layout, edge)
     for address, site in graph.sites.items():
@@ -116,9 +117,10 @@ def _node_width(site: Any) -> float:
 def _draw_site(axes: Any, site: Any, x: float, y: float) -> None:
     width = _node_width(site)
     style = {"ec": _INK, "lw": 1.1, "zorder": 3, "ls": (0, (4, 2)) if site.conditional else "-"}
+    text = {"ha": "center", "va": "center", "zorder": 4, "parse_math": False}
     if site.kind == "factor":
         axes.add_patch(Rectangle((x - 5, y - NODE / 2), 10, 10, fc=_INK, **style))
-        axes.text(x, y + 2, site.address, size=_FONT, ha="center", va="center", zorder=4)
+        axes.text(x, y + 2, site.address, size=_FONT, **text)
         return
     if site.kind == "sample":
         whole = site.observed and not site.partial
@@ -135,7 +137,6 @@ def _draw_site(axes: Any, site: Any, x: float, y: float) -> None:
         axes.add_patch(
             FancyBboxPatch(corner, width - 8, NODE - 8, boxstyle="round,pad=4", fc=fill, **style)
         )
-    text = {"ha": "center", "va": "center", "zorder": 4}
     axes.text(x, y - 4.5, site.address, size=_FONT, color=_INK, **text)
     axes.text(x, y + 8.5, _caption(site), size=_SMALL, color=_FAINT, **text)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from abduce.errors import MissingData, MissingKey, NoDensity
+from abduce.ppl.checks import is_whole_space
 from abduce.ppl.interpreter import address_key, broadcast_operand
 from abduce.ppl.site import Site, elementwise
 from abduce.ppl.support import bijection
@@ -36,6 +37,8 @@ class Given(eqx.Module):
         value: The value, or unconstrained coordinates.
         mask: Where the value counts as supplied (site batch shape); None for everywhere.
         hidden: Unconstrained coordinates of the entries that the mask hides, or None.
+        reference: Subtracted from the scores, element by element, before they are summed: a sum of
+            small differences keeps the digits that a large sum loses in float32.
         unconstrained: `value` holds coordinates (then mask is None).
         trusted: Known to lie in the support, so that no check is compiled.
         shared: Not sliced by scans (parameters).
@@ -44,6 +47,7 @@ class Given(eqx.Module):
     value: Any = None
     mask: Any = None
     hidden: Any = None
+    reference: Any = None
     unconstrained: bool = eqx.field(default=False, static=True)
     trusted: bool = eqx.field(default=False, static=True)
     shared: bool = eqx.field(default=False, static=True)
@@ -124,7 +128,7 @@ class Replay:
         has_obs, has_obs_mask = "obs" in site.roles, "mask" in site.roles
         if self.predictive:
             has_obs = has_obs_mask = False
-        wholly_given = given is not None and given.mask is None
+        wholly_given = given is not None and given.value is not None and given.mask is None
         needs_draw = not (wholly_given or (has_obs and not has_obs_mask))
         if needs_draw and given is not None and given.hidden is not None:
             needs_draw = False
@@ -207,7 +211,10 @@ class Replay:
 
         out = elementwise(site, element, operands, keys, value, mask, hidden)
         if self.score:
-            total = jnp.sum(out["score"])
+            score = out["score"]
+            if given is not None and given.reference is not None:
+                score = score - given.reference
+            total = jnp.sum(score)
             if "jacobian" in out:
                 total = total + jnp.sum(out["jacobian"])
             supplied = out["supplied"]
@@ -279,10 +286,7 @@ def _in_support(d, x, site):
         support = d.support
     except NotImplementedError:
         return None
-    base = support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
-    if support is None or base in (constraints.real, constraints.real_vector):
+    if support is None or is_whole_space(support):
         return None
     if constraints.is_dependent(support):
         return None

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import constraints
 
 from abduce.errors import InvalidModel, OutsideModel
 from abduce.ppl import _jax
@@ -51,12 +52,20 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DistSpec:
-    """A distribution taken apart: `build(leaves)` puts it together from its array leaves."""
+    """A distribution taken apart: `build(leaves)` puts it together from its array leaves.
+
+    Attributes:
+        treedef, static: How to put it together.
+        family: Its name, without wrappers such as `expand`.
+        avals: (shape, dtype) of one element's operands.
+        support: Its support, if that is the same whatever the operands are; else None.
+    """
 
     treedef: Any
     static: tuple[Any, ...]  # a Python value, or the marker for "an operand"
     family: str
-    avals: tuple[Any, ...] = ()  # (shape, dtype) of one element's operands
+    avals: tuple[Any, ...] = ()
+    support: Any = None
 
     def build(self, leaves: Sequence[Any]) -> Any:
         it = iter(leaves)
@@ -84,7 +93,38 @@ def take_apart(d: Any) -> tuple[DistSpec, list[Any]]:
         else:
             static.append(leaf)
     avals = tuple((jnp.shape(x), jnp.result_type(x)) for x in arrays)
-    return DistSpec(treedef, tuple(static), type(d).__name__, avals), arrays
+    family = type(unwrapped(d)).__name__.removesuffix("Probs").removesuffix("Logits")
+    return DistSpec(treedef, tuple(static), family, avals, known_support(d)), arrays
+
+
+_WRAPPERS = ("ExpandedDistribution", "Independent", "MaskedDistribution")
+
+
+def unwrapped(d: Any) -> Any:
+    """The distribution inside `expand`, `to_event` and `mask`."""
+    while type(d).__name__ in _WRAPPERS:
+        d = d.base_dist
+    return d
+
+
+def known_support(d: Any) -> Any | None:
+    """The support of a distribution if it does not depend on its array parameters, else None."""
+    if type(d).__name__ in _WRAPPERS:
+        support = known_support(d.base_dist)
+        if support is not None and type(d).__name__ == "Independent":
+            return constraints.independent(support, d.reinterpreted_batch_ndims)
+        return support
+    support = getattr(type(d), "support", None)
+    if not isinstance(support, constraints.Constraint):
+        if any(not isinstance(x, (int, float)) for x in jax.tree.leaves(d)):
+            return None
+        try:
+            support = d.support
+        except NotImplementedError:
+            return None
+    if support is None or constraints.is_dependent(support):
+        return None
+    return support
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from numpyro.distributions import transforms as T
 
 from abduce.errors import InvalidModel
 
-__all__ = ["bijection", "fixed_support", "support_bijection", "unconstrained_shape"]
+__all__ = ["bijection", "support_bijection", "unconstrained_shape"]
 
 
 def bijection(d: Any, site: Any) -> T.Transform:
@@ -51,19 +51,10 @@ def support_bijection(d: Any, site: Any) -> T.Transform:
         ) from None
 
 
-def fixed_support(site: Any) -> Any | None:
-    """The support of a site if it is the same whatever its parameters are, else None."""
-    node = site.spec.treedef.node_data()
-    support = getattr(node[0], "support", None) if node else None
-    if isinstance(support, constraints.Constraint) and not constraints.is_dependent(support):
-        return support
-    return None
-
-
 @functools.lru_cache(maxsize=65536)
 def unconstrained_shape(site: Any) -> tuple[int, ...]:
     """Shape of one element's unconstrained coordinates."""
-    support = fixed_support(site)
+    support = site.spec.support
     if support is not None and site.coords is None and support.event_dim == 0:
         return site.shape
     found: list[tuple[int, ...]] = []

@@ -25,7 +25,7 @@ class Draws:
     """Draws of all chains, on the host, `(num_chains, num_draws, ...)`."""
 
     def __init__(self, rows: np.ndarray, dim: int):
-        self.positions, self.gradients = rows[..., :dim], rows[..., dim:2 * dim]
+        self.positions, self.gradients = rows[..., :dim], rows[..., dim : 2 * dim]
         self.stats = {name: rows[..., 2 * dim + i] for i, name in enumerate(STATS)}
         self.rows = rows
 
@@ -37,8 +37,9 @@ def joined(parts: Sequence[Draws]) -> Draws:
     return Draws(np.concatenate([p.rows for p in parts], 1), parts[0].positions.shape[-1])
 
 
-def fresh_average(log_step: float, dtype: np.dtype, *, pull: float = 0.0,
-                  shrinkage: float = 0.05) -> np.ndarray:
+def fresh_average(
+    log_step: float, dtype: np.dtype, *, pull: float = 0.0, shrinkage: float = 0.05
+) -> np.ndarray:
     """Step-size adaptation before its first draw, the fields of `DualAverage`."""
     return np.array(DualAverage(log_step, log_step, 0.0, 0.0, log_step + pull, shrinkage), dtype)
 
@@ -54,9 +55,18 @@ class Chains:
         num_gradients: Evaluations so far, all chains together.
     """
 
-    def __init__(self, program: Callable[..., Any], log_density: LogDensity, data: Any,
-                 seeds: np.ndarray, positions: np.ndarray, *, threads: bool, num_steps: int = 0,
-                 length: float = 0.0):
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        log_density: LogDensity,
+        data: Any,
+        seeds: np.ndarray,
+        positions: np.ndarray,
+        *,
+        threads: bool,
+        num_steps: int = 0,
+        length: float = 0.0,
+    ):
         self.positions = np.array(positions)
         self.num_chains, self.dim = self.positions.shape
         self.dtype = self.positions.dtype
@@ -74,8 +84,11 @@ class Chains:
         self._seconds_per_gradient = np.inf
         if threads:
             self._program = partial(program, log_density, on_cpu=True)
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-                os.cpu_count() or 1)
+            cores = (
+                len(os.sched_getaffinity(0))
+                if hasattr(os, "sched_getaffinity")
+                else (os.cpu_count() or 1)
+            )
             self._pool = ThreadPoolExecutor(max(1, min(cores, self.num_chains)))
         else:
             single = partial(program, log_density, on_cpu=False)
@@ -83,8 +96,7 @@ class Chains:
 
     def restart_averages(self, log_step: float, **options) -> None:
         """Gives all chains a step size, and a fresh adaptation of it."""
-        self.averages = np.stack([fresh_average(log_step, self.dtype, **options)]
-                                 * self.num_chains)
+        self.averages = np.stack([fresh_average(log_step, self.dtype, **options)] * self.num_chains)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -95,9 +107,17 @@ class Chains:
         """Fills `log_densities` and `gradients` at the positions."""
         self.advance(0, metric, max_depth=0, chains=chains)
 
-    def advance(self, num_draws: int, metric: LinearMap, *, max_depth: int, adapt: bool = False,
-                target: float = 0.8, thinning: int = 1,
-                chains: Sequence[int] | None = None) -> Draws:
+    def advance(
+        self,
+        num_draws: int,
+        metric: LinearMap,
+        *,
+        max_depth: int,
+        adapt: bool = False,
+        target: float = 0.8,
+        thinning: int = 1,
+        chains: Sequence[int] | None = None,
+    ) -> Draws:
         """Makes draws with every chain.
 
         Args:
@@ -114,7 +134,8 @@ class Chains:
         """
         controls = Controls(
             np.array([num_draws * thinning, thinning, max_depth, adapt, self._num_steps], np.int32),
-            np.array([target, self._length], self.dtype))
+            np.array([target, self._length], self.dtype),
+        )
         device_metric = self._on_device(metric)
         begin, before = time.perf_counter(), self.num_gradients
         if self._threads:
@@ -125,12 +146,12 @@ class Chains:
         rows = np.full((self.num_chains, num_draws, 2 * dim + len(STATS)), np.nan, self.dtype)
         for i, (kept, state, counts) in results.items():
             rows[i] = kept[:num_draws]
-            self.positions[i], self.gradients[i] = state[:dim], state[dim:2 * dim]
+            self.positions[i], self.gradients[i] = state[:dim], state[dim : 2 * dim]
             self.log_densities[i] = state[2 * dim]
             self._counters[i] = counts[0]
             self.num_gradients += int(counts[1])
             if adapt:
-                self.averages[i] = state[2 * dim + 1:]
+                self.averages[i] = state[2 * dim + 1 :]
         seconds = (time.perf_counter() - begin) / max(1, self.num_gradients - before)
         self._seconds_per_gradient = min(seconds, self._seconds_per_gradient)
         return Draws(rows, self.dim)
@@ -147,9 +168,25 @@ class Chains:
         return self._metric[1]
 
     def _from_threads(self, controls, metric, chains):
+        # settings made by context managers are per thread
+        wide, device = jax.config.jax_enable_x64, jax.config.jax_default_device
+        precision = jax.config.jax_default_matmul_precision
+
         def call(i):
-            result = self._program(self._data, self._seeds[i], self._counters[i],
-                                   self.positions[i], self.averages[i], controls, metric)
+            with (
+                jax.enable_x64(wide),
+                jax.default_device(device),
+                jax.default_matmul_precision(precision),
+            ):
+                result = self._program(
+                    self._data,
+                    self._seeds[i],
+                    self._counters[i],
+                    self.positions[i],
+                    self.averages[i],
+                    controls,
+                    metric,
+                )
             return tuple(map(np.asarray, result))
 
         which = list(range(self.num_chains)) if chains is None else list(chains)
@@ -168,9 +205,17 @@ class Chains:
             raise
 
     def _from_vmap(self, controls, metric):
-        result = jax.device_get(self._program(
-            self._data, self._seeds, self._counters, self.positions, self.averages, controls,
-            metric))
+        result = jax.device_get(
+            self._program(
+                self._data,
+                self._seeds,
+                self._counters,
+                self.positions,
+                self.averages,
+                controls,
+                metric,
+            )
+        )
         return dict(enumerate(zip(*result, strict=True)))
 
     def max_draws(self) -> int:

@@ -55,8 +55,9 @@ def uniform(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return ((words >> np.uint32(9)).astype(dtype) + 0.5) * np.array(2.0**-23, dtype)
 
 
-def normals(seed: jax.Array, high: jax.Array, size: int,
-            dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def normals(
+    seed: jax.Array, high: jax.Array, size: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """Standard normal numbers for one value of the high counter word.
 
     Args:
@@ -92,7 +93,9 @@ def chain_seeds(key: jax.Array, num_chains: int) -> np.ndarray:
     """
     words = np.asarray(jax.random.key_data(key), dtype=np.uint32).ravel()
     entropy = [int(word) for word in words]
-    return np.stack([
-        np.random.SeedSequence(entropy, spawn_key=(chain,)).generate_state(2, np.uint32)
-        for chain in range(num_chains)
-    ])
+    return np.stack(
+        [
+            np.random.SeedSequence(entropy, spawn_key=(chain,)).generate_state(2, np.uint32)
+            for chain in range(num_chains)
+        ]
+    )

@@ -6,7 +6,7 @@ from the mass in high dimension, and may be infinite (a centred hierarchy). So i
 the expected gain of a step is what random fluctuation costs anyway: for a posterior that is locally
 Gaussian, `g^T H g`, with `H` the inverse Hessian, has mean `dim` over the posterior.
 
-Both functions are generators that yield points and are sent `(log density, gradient)` there, so
+The searches are generators that yield points and are sent `(log density, gradient)` there, so
 that the searches of several chains can be advanced together.
 """
 
@@ -15,16 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["DENSE_DESCENT", "Descent", "descend", "local_covariance"]
+__all__ = ["Descent", "Mass", "descend", "find_mass", "local_covariance"]
 
-DENSE_DESCENT = 200  # largest dimension at which matrices are kept
+_DENSE_LIMIT = 200  # largest dimension at which matrices are kept
 _MAX_EVALUATIONS = 150
+_LEGS = 6  # descents of one start, each with the curvature found by the one before
 _MEMORY = 10
 _ARMIJO = 1e-4
 _FLAT = 1e-3  # curvature, relative to the rough estimate, below which the probe was too short
 _PROBE = 0.5  # length of a finite difference, in estimated standard deviations
-
-Search = Generator[np.ndarray, tuple[float, np.ndarray], "Descent"]
 
 
 class Descent(NamedTuple):
@@ -33,10 +32,55 @@ class Descent(NamedTuple):
     position: np.ndarray  # (dim,)
     value: float  # log density there
     gradient: np.ndarray  # (dim,)
-    inverse_hessian: np.ndarray | None  # (dim, dim): a rough one; None above `DENSE_DESCENT`
+    inverse_hessian: np.ndarray | None  # (dim, dim): a rough one; None above `_DENSE_LIMIT`
 
 
-def descend(position: np.ndarray, inverse_hessian: np.ndarray | None = None) -> Search:
+class Mass(NamedTuple):
+    """Where a search ended, and how the density curves there."""
+
+    descent: Descent
+    covariance: np.ndarray | None  # (dim, dim); None above `_DENSE_LIMIT` or at an edge
+
+    def gain(self) -> float:
+        """What is left to gain up to the top, in nats, were the density Gaussian here."""
+        if self.covariance is None:
+            return 0.0
+        gradient = self.descent.gradient
+        return 0.5 * float(gradient @ self.covariance @ gradient)
+
+    def log_mass(self) -> float:
+        """Laplace's estimate of the log of the mass around here, up to a constant."""
+        if self.covariance is None:
+            return self.descent.value
+        return self.descent.value + self.gain() + 0.5 * np.linalg.slogdet(self.covariance)[1]
+
+
+def find_mass(
+    position: np.ndarray, guide: np.ndarray | None = None
+) -> Generator[np.ndarray, tuple[float, np.ndarray], Mass]:
+    """Descends until the curvature at the end agrees that there is little left to gain.
+
+    Args:
+        position: Start, shape `(dim,)`, with finite log density and gradient.
+        guide: The covariance that another search found, shape `(dim, dim)`.
+    """
+    for _ in range(_LEGS):
+        descent = yield from descend(position, guide)
+        if descent.inverse_hessian is None:
+            return Mass(descent, None)
+        found = yield from local_covariance(descent)
+        if found is None:
+            return Mass(descent, None)
+        end, reliable = Mass(descent, found[0]), found[1]
+        if reliable and end.gain() < len(position) + 5:
+            break
+        position, guide = descent.position, end.covariance
+    return end
+
+
+def descend(
+    position: np.ndarray, inverse_hessian: np.ndarray | None = None
+) -> Generator[np.ndarray, tuple[float, np.ndarray], Descent]:
     """Climbs to where the mass is.
 
     Args:
@@ -56,8 +100,11 @@ def descend(position: np.ndarray, inverse_hessian: np.ndarray | None = None) -> 
             break
         if steps >= 4 and slope < dim and max(gains[-2:]) < dim:
             break
-        length = 1.0 if hessian is not None or pairs else min(
-            1.0, 1.0 / np.linalg.norm(direction, np.inf))
+        length = (
+            1.0
+            if hessian is not None or pairs
+            else min(1.0, 1.0 / np.linalg.norm(direction, np.inf))
+        )
         for _ in range(20):
             new = x + length * direction
             new_value, new_gradient = yield new
@@ -76,15 +123,16 @@ def descend(position: np.ndarray, inverse_hessian: np.ndarray | None = None) -> 
         x, value, gradient, steps = new, new_value, new_gradient, steps + 1
         curvature = step @ change
         if curvature > 1e-10 * np.linalg.norm(step) * np.linalg.norm(change):
-            if dim <= DENSE_DESCENT:
+            if dim <= _DENSE_LIMIT:
                 hessian = _update(hessian, step, change, 1.0 / curvature)
             else:
                 pairs = [*pairs, (step, change, 1.0 / curvature)][-_MEMORY:]
     return Descent(x, value, gradient, hessian)
 
 
-def local_covariance(end: Descent) -> Generator[np.ndarray, tuple[float, np.ndarray],
-                                                tuple[np.ndarray, bool] | None]:
+def local_covariance(
+    end: Descent,
+) -> Generator[np.ndarray, tuple[float, np.ndarray], tuple[np.ndarray, bool] | None]:
     """Measures the curvature by finite differences of the gradient.
 
     The differences are taken along the columns of a root of the rough inverse Hessian, in which

@@ -25,9 +25,15 @@ MAX_ATTEMPTS = 100
 _SINGLE_KERNEL_LIMIT = 256  # larger dimensions fill a kernel of their own
 
 
-def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
-        propose_initial: Callable[[jax.Array, int], np.ndarray], *,
-        describe_failure: Callable[[np.ndarray], str] | None = None) -> HMCRun:
+def run(
+    log_density: LogDensity,
+    data: Any,
+    key: jax.Array,
+    config: HMCConfig,
+    propose_initial: Callable[[jax.Array, int], np.ndarray],
+    *,
+    describe_failure: Callable[[np.ndarray], str] | None = None,
+) -> HMCRun:
     """Draws from a density.
 
     Args:
@@ -54,11 +60,23 @@ def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
     compiled = run_nuts if config.kind == "nuts" else run_hmc
 
     def program(log_density, *args, on_cpu):
-        return compiled(log_density, *args, max_depth=config.max_tree_depth,
-                        on_cpu=on_cpu and dim <= _SINGLE_KERNEL_LIMIT)
+        return compiled(
+            log_density,
+            *args,
+            max_depth=config.max_tree_depth,
+            on_cpu=on_cpu and dim <= _SINGLE_KERNEL_LIMIT,
+        )
 
-    chains = Chains(program, log_density, data, seeds, first, threads=threads,
-                    num_steps=config.num_steps or 0, length=config.trajectory_length or 0.0)
+    chains = Chains(
+        program,
+        log_density,
+        data,
+        seeds,
+        first,
+        threads=threads,
+        num_steps=config.num_steps or 0,
+        length=config.trajectory_length or 0.0,
+    )
     try:
         starts = _Starts(chains, rank, key, propose_initial, describe_failure)
         starts.settle(list(range(config.num_chains)))
@@ -67,9 +85,13 @@ def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
             warmup = warm_up(chains, config, rank, pacer.advance, starts.replace)
             chains.restart_averages(float(np.log(warmup.step_size)))
             pacer.start_sampling(warmup.num_draws)
-            draws = pacer.advance(config.num_samples // config.thinning, warmup.metric,
-                                  keep_on_interrupt=True, max_depth=config.max_tree_depth,
-                                  thinning=config.thinning)
+            draws = pacer.advance(
+                config.num_samples // config.thinning,
+                warmup.metric,
+                keep_on_interrupt=True,
+                max_depth=config.max_tree_depth,
+                thinning=config.thinning,
+            )
         finally:
             pacer.close()
     finally:
@@ -81,12 +103,23 @@ def run(log_density: LogDensity, data: Any, key: jax.Array, config: HMCConfig,
     if config.kind == "hmc":
         del stats["tree_depth"]
     if pacer.interrupted:
-        messages.insert(0, f"ab.{config.kind}: interrupted after {draws.positions.shape[1]} of "
-                           f"{config.num_samples // config.thinning} draws per chain. These are "
-                           f"valid, if fewer; call again for more.")
-    return HMCRun(draws.positions, stats, warmup, warmup.num_gradients,
-                  chains.num_gradients - warmup.num_gradients, warmup.step_size,
-                  warmup.metric_kind, messages, pacer.interrupted)
+        messages.insert(
+            0,
+            f"ab.{config.kind}: interrupted after {draws.positions.shape[1]} of "
+            f"{config.num_samples // config.thinning} draws per chain. These are "
+            f"valid, if fewer; call again for more.",
+        )
+    return HMCRun(
+        draws.positions,
+        stats,
+        warmup,
+        warmup.num_gradients,
+        chains.num_gradients - warmup.num_gradients,
+        warmup.step_size,
+        warmup.metric_kind,
+        messages,
+        pacer.interrupted,
+    )
 
 
 def _use_threads(config: HMCConfig) -> bool:
@@ -125,8 +158,12 @@ class _Starts:
             for i in pending:
                 chains.positions[i] = candidates[i]
         worst = pending[0]
-        reason = self.describe(chains.positions[worst]) if self.describe else (
-            f"the log density is {chains.log_densities[worst]} at {chains.positions[worst]}.")
+        reason = (
+            self.describe(chains.positions[worst])
+            if self.describe
+            else (f"the log density is {chains.log_densities[worst]} at {chains.positions[worst]}.")
+        )
         raise InitializationError(
             f"No starting point with finite log density and gradient for chain {worst} in "
-            f"{MAX_ATTEMPTS} attempts: {reason}")
+            f"{MAX_ATTEMPTS} attempts: {reason}"
+        )

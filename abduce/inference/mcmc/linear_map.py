@@ -55,10 +55,12 @@ def push(metric: LinearMap, momentum: jax.Array) -> jax.Array:
     if rank == dim:
         if dim <= _ALWAYS_DENSE:
             return metric.factor @ momentum
-        return lax.cond(metric.is_structured, lambda: metric.factor @ momentum,
-                        lambda: metric.scale * momentum)
-    return metric.scale * lax.cond(metric.is_structured, lambda: _add_low_rank(metric, momentum),
-                                   lambda: momentum)
+        return lax.cond(
+            metric.is_structured, lambda: metric.factor @ momentum, lambda: metric.scale * momentum
+        )
+    return metric.scale * lax.cond(
+        metric.is_structured, lambda: _add_low_rank(metric, momentum), lambda: momentum
+    )
 
 
 def pull(metric: LinearMap, gradient: jax.Array) -> jax.Array:
@@ -67,8 +69,9 @@ def pull(metric: LinearMap, gradient: jax.Array) -> jax.Array:
     if rank == dim:
         if dim <= _ALWAYS_DENSE:
             return gradient @ metric.factor
-        return lax.cond(metric.is_structured, lambda: gradient @ metric.factor,
-                        lambda: metric.scale * gradient)
+        return lax.cond(
+            metric.is_structured, lambda: gradient @ metric.factor, lambda: metric.scale * gradient
+        )
     scaled = metric.scale * gradient
     return lax.cond(metric.is_structured, lambda: _add_low_rank(metric, scaled), lambda: scaled)
 

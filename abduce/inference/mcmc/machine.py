@@ -14,8 +14,23 @@ from jax import lax
 
 from .linear_map import LinearMap, pull, push
 
-__all__ = ["MAX_ENERGY_ERROR", "STATS", "Controls", "DualAverage", "Edge", "LogDensity", "Point",
-           "Result", "adapted", "dot", "kick", "log_weight", "move", "num_rows", "write_row"]
+__all__ = [
+    "MAX_ENERGY_ERROR",
+    "STATS",
+    "Controls",
+    "DualAverage",
+    "Edge",
+    "LogDensity",
+    "Point",
+    "Result",
+    "adapted",
+    "dot",
+    "kick",
+    "log_weight",
+    "move",
+    "num_rows",
+    "write_row",
+]
 
 LogDensity = Callable[[Any, jax.Array], jax.Array]
 
@@ -99,8 +114,14 @@ def adapted(average: DualAverage, controls: Controls, rate, starting) -> DualAve
     error_average = (1 - share) * a.error_average + share * error
     log_step = a.center - jnp.sqrt(count) / a.shrinkage * error_average
     keep = count**-_FORGETTING
-    new = DualAverage(log_step, keep * log_step + (1 - keep) * a.log_step_average, error_average,
-                      count, a.center, a.shrinkage)
+    new = DualAverage(
+        log_step,
+        keep * log_step + (1 - keep) * a.log_step_average,
+        error_average,
+        count,
+        a.center,
+        a.shrinkage,
+    )
     adapt = (controls.integers[3] > 0) & ~starting
     return jax.tree.map(lambda x, y: jnp.where(adapt, x, y), new, average)
 
@@ -123,5 +144,5 @@ def dot(a, b):
     products = a * b
     if blocks < 2:
         return jnp.sum(products)
-    head = jnp.sum(jnp.sum(products[:blocks * lanes].reshape(blocks, lanes), 0))
-    return head + jnp.sum(products[blocks * lanes:])
+    head = jnp.sum(jnp.sum(products[: blocks * lanes].reshape(blocks, lanes), 0))
+    return head + jnp.sum(products[blocks * lanes :])

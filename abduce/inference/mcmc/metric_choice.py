@@ -43,8 +43,9 @@ class _Pairs(NamedTuple):
     g: np.ndarray
 
 
-def choose_metric(positions: np.ndarray, gradients: np.ndarray, current: LinearMap,
-                  dense_mass: bool | None) -> Choice:
+def choose_metric(
+    positions: np.ndarray, gradients: np.ndarray, current: LinearMap, dense_mass: bool | None
+) -> Choice:
     """Picks and fits a map.
 
     Args:
@@ -143,8 +144,12 @@ def _diagonal_welford(pairs: _Pairs, rank: int) -> LinearMap:
     num = pairs.x.shape[0]
     sd_x, fisher = _spread(pairs.x), _fisher_scale(pairs)
     # few draws lean on the gradients
-    return diagonal_map((sd_x**num * fisher**_SHRINK) ** (1 / (num + _SHRINK))
-                     if num < 50 else np.where(sd_x > 0, sd_x, fisher), rank)
+    return diagonal_map(
+        (sd_x**num * fisher**_SHRINK) ** (1 / (num + _SHRINK))
+        if num < 50
+        else np.where(sd_x > 0, sd_x, fisher),
+        rank,
+    )
 
 
 def _diagonal_fisher(pairs: _Pairs, rank: int) -> LinearMap:
@@ -189,8 +194,8 @@ def _low_rank_fisher(pairs: _Pairs, rank: int) -> LinearMap:
     values, vectors = np.linalg.eigh(root @ root.T)
     values = np.where((values > 2) | (values < 0.5), np.maximum(values, 1e-10), 1.0)
     factor, core = np.zeros((len(scale), rank)), np.zeros(rank)
-    factor[:, :basis.shape[1]] = basis @ vectors
-    core[:basis.shape[1]] = np.sqrt(values) - 1
+    factor[:, : basis.shape[1]] = basis @ vectors
+    core[: basis.shape[1]] = np.sqrt(values) - 1
     return LinearMap(scale, factor, core, np.array(True))
 
 

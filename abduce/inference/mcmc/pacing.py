@@ -31,8 +31,9 @@ class Pacer:
         self._task: Any = None
         self._done = 0
 
-    def advance(self, num_draws: int, metric, *, keep_on_interrupt: bool = False,
-                **options) -> Draws:
+    def advance(
+        self, num_draws: int, metric, *, keep_on_interrupt: bool = False, **options
+    ) -> Draws:
         """As `Chains.advance`, for any number of draws.
 
         Args:
@@ -44,12 +45,18 @@ class Pacer:
         parts: list[Draws] = []
         done = 0
         while done < num_draws:
-            count = min(num_draws - done, self._draws_per_call(options.get("thinning", 1)),
-                        self.chains.max_draws())
+            count = min(
+                num_draws - done,
+                self._draws_per_call(options.get("thinning", 1)),
+                self.chains.max_draws(),
+            )
             begin = time.perf_counter()
             try:
-                parts.append(self.chains.advance(
-                    count, metric, target=self.config.target_accept_prob, **options))
+                parts.append(
+                    self.chains.advance(
+                        count, metric, target=self.config.target_accept_prob, **options
+                    )
+                )
             except KeyboardInterrupt:
                 if not (keep_on_interrupt and parts):
                     raise
@@ -77,9 +84,12 @@ class Pacer:
             self._open()
         chains = self.chains
         self._bar.update(
-            self._task, completed=self._done, total=None if not sampling else self._total,
+            self._task,
+            completed=self._done,
+            total=None if not sampling else self._total,
             description="sampling" if sampling else "warm-up",
-            steps=f"{chains.num_gradients:,} gradients")
+            steps=f"{chains.num_gradients:,} gradients",
+        )
 
     def start_sampling(self, warmup_draws: int) -> None:
         """Tells how much of the run is behind, now that the length of the warm-up is known."""
@@ -91,9 +101,14 @@ class Pacer:
         from rich.progress import TimeRemainingColumn as Remaining
 
         self._bar = Progress(
-            TextColumn(f"ab.{self.config.kind} {{task.description}}"), BarColumn(),
-            MofNCompleteColumn(), Remaining(), TextColumn("{task.fields[steps]}"),
-            transient=True, refresh_per_second=4)
+            TextColumn(f"ab.{self.config.kind} {{task.description}}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Remaining(),
+            TextColumn("{task.fields[steps]}"),
+            transient=True,
+            refresh_per_second=4,
+        )
         self._bar.start()
         self._task = self._bar.add_task("", total=None, steps="")
 

@@ -29,8 +29,9 @@ def split_rhat(values: np.ndarray) -> np.ndarray:
     return np.where(within > 0, ratio, np.where(between > 0, np.inf, 1.0))
 
 
-def warnings_of(positions: np.ndarray, stats: dict[str, np.ndarray],
-                config: HMCConfig) -> list[str]:
+def warnings_of(
+    positions: np.ndarray, stats: dict[str, np.ndarray], config: HMCConfig
+) -> list[str]:
     """Looks for trouble in the draws.
 
     Args:
@@ -51,9 +52,11 @@ def _divergences(name, positions, stats, config) -> str | None:
     if not count:
         return None
     higher = min(0.99, 1 - (1 - config.target_accept_prob) / 4)
-    return (f"{name}: {count} of {total} trajectories diverged: the draws may miss a region of high "
-            f"curvature. Try target_accept_prob={higher:.3g}; if they remain, reparametrise, for "
-            f"example a hierarchy to its non-centred form.")
+    return (
+        f"{name}: {count} of {total} trajectories diverged: the draws may miss a region of high "
+        f"curvature. Try target_accept_prob={higher:.3g}; if they remain, reparametrise, for "
+        f"example a hierarchy to its non-centred form."
+    )
 
 
 def _depth(name, positions, stats, config) -> str | None:
@@ -62,9 +65,11 @@ def _depth(name, positions, stats, config) -> str | None:
     share = float(np.mean((stats["tree_depth"] >= config.max_tree_depth) & ~stats["diverging"]))
     if share < 0.01:
         return None
-    return (f"{name}: {share:.0%} of the trajectories reached max_tree_depth="
-            f"{config.max_tree_depth} before a U-turn, so the draws are correlated. Try "
-            f"max_tree_depth={config.max_tree_depth + 2}, or rescale or reparametrise the model.")
+    return (
+        f"{name}: {share:.0%} of the trajectories reached max_tree_depth="
+        f"{config.max_tree_depth} before a U-turn, so the draws are correlated. Try "
+        f"max_tree_depth={config.max_tree_depth + 2}, or rescale or reparametrise the model."
+    )
 
 
 def _stuck_chains(name, positions, stats, config) -> str | None:
@@ -74,9 +79,11 @@ def _stuck_chains(name, positions, stats, config) -> str | None:
     stuck = np.flatnonzero(moved < 0.05)
     if not len(stuck):
         return None
-    return (f"{name}: chain {_listed(stuck)} hardly moves: it accepts {moved[stuck].min():.1%} of its "
-            f"trajectories. Try other starting points (init=) or a longer warm-up (num_warmup="
-            f"{2 * max(config.num_warmup, 500)}); leave the chain out only if you know why.")
+    return (
+        f"{name}: chain {_listed(stuck)} hardly moves: it accepts {moved[stuck].min():.1%} of its "
+        f"trajectories. Try other starting points (init=) or a longer warm-up (num_warmup="
+        f"{2 * max(config.num_warmup, 500)}); leave the chain out only if you know why."
+    )
 
 
 def _disagreement(name, positions, stats, config) -> str | None:
@@ -90,15 +97,21 @@ def _disagreement(name, positions, stats, config) -> str | None:
     if num_chains > 1 and worst > _MODES:
         coordinate = positions[..., int(np.argmax(rhat))]
         centre = np.median(coordinate.mean(1))
-        apart = np.flatnonzero(np.abs(coordinate.mean(1) - centre) > 3 * np.median(coordinate.std(1)))
+        apart = np.flatnonzero(
+            np.abs(coordinate.mean(1) - centre) > 3 * np.median(coordinate.std(1))
+        )
         which = f"chain {_listed(apart)} and the others" if len(apart) else "the chains"
         lp = ", ".join(f"{v:.1f}" for v in stats["lp"].mean(1))
-        return (f"{name}: {which} are in different modes (split R-hat {worst:.1f}; mean log densities "
-                f"by chain: {lp}), so the draws do not weight the modes. Remove the symmetry from the "
-                f"model (for example by an ordered vector), or start all chains in one mode (init=).")
-    return (f"{name}: split R-hat is {worst:.2f}, so the chains have not mixed. Draw more "
-            f"(num_samples={2 * config.num_samples}) after a longer warm-up (num_warmup="
-            f"{2 * max(config.num_warmup, 500)}), or reparametrise the model.")
+        return (
+            f"{name}: {which} are in different modes (split R-hat {worst:.1f}; mean log densities "
+            f"by chain: {lp}), so the draws do not weight the modes. Remove the symmetry from the "
+            f"model (for example by an ordered vector), or start all chains in one mode (init=)."
+        )
+    return (
+        f"{name}: split R-hat is {worst:.2f}, so the chains have not mixed. Draw more "
+        f"(num_samples={2 * config.num_samples}) after a longer warm-up (num_warmup="
+        f"{2 * max(config.num_warmup, 500)}), or reparametrise the model."
+    )
 
 
 def _energy(name, positions, stats, config) -> str | None:
@@ -109,9 +122,11 @@ def _energy(name, positions, stats, config) -> str | None:
     low = np.flatnonzero(fraction < _ENERGY)
     if not len(low):
         return None
-    return (f"{name}: E-BFMI is {fraction.min():.2f} in chain {_listed(low)} (below {_ENERGY}): the "
-            f"tails are too heavy for the momentum to cross them. Reparametrise the model, for "
-            f"example a hierarchy to its non-centred form.")
+    return (
+        f"{name}: E-BFMI is {fraction.min():.2f} in chain {_listed(low)} (below {_ENERGY}): the "
+        f"tails are too heavy for the momentum to cross them. Reparametrise the model, for "
+        f"example a hierarchy to its non-centred form."
+    )
 
 
 def _listed(indices: np.ndarray) -> str:

@@ -51,30 +51,55 @@ class HMCConfig:
     progress_bar: bool = True
 
     def __post_init__(self):
-        for name, least in (("num_warmup", 0), ("num_samples", 1), ("num_chains", 1),
-                            ("thinning", 1), ("max_tree_depth", 1)):
+        for name, least in (
+            ("num_warmup", 0),
+            ("num_samples", 1),
+            ("num_chains", 1),
+            ("thinning", 1),
+            ("max_tree_depth", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
                 raise InvalidAlgorithm(
-                    f"{self.kind}: {name}={value!r}; expected an integer of at least {least}.")
+                    f"{self.kind}: {name}={value!r}; expected an integer of at least {least}."
+                )
         if self.max_tree_depth > 20:
-            raise InvalidAlgorithm(f"{self.kind}: max_tree_depth={self.max_tree_depth}; expected at "
-                                   "most 20, which is a million steps a draw.")
+            raise InvalidAlgorithm(
+                f"{self.kind}: max_tree_depth={self.max_tree_depth}; expected at "
+                "most 20, which is a million steps a draw."
+            )
         if self.thinning > self.num_samples:
             raise InvalidAlgorithm(
                 f"{self.kind}: thinning={self.thinning} keeps no draw of num_samples="
-                f"{self.num_samples}; expected thinning <= num_samples.")
+                f"{self.num_samples}; expected thinning <= num_samples."
+            )
         if not 0 < self.target_accept_prob < 1:
-            raise InvalidAlgorithm(f"{self.kind}: target_accept_prob={self.target_accept_prob!r}; "
-                                   "expected a number between 0 and 1, such as 0.8.")
+            raise InvalidAlgorithm(
+                f"{self.kind}: target_accept_prob={self.target_accept_prob!r}; "
+                "expected a number between 0 and 1, such as 0.8."
+            )
         if self.step_size is not None and not 0 < self.step_size < np.inf:
             raise InvalidAlgorithm(
-                f"{self.kind}: step_size={self.step_size!r}; expected a positive number, or None.")
+                f"{self.kind}: step_size={self.step_size!r}; expected a positive number, or None."
+            )
         if self.kind not in ("nuts", "hmc"):
             raise InvalidAlgorithm(f"kind={self.kind!r}; expected 'nuts' or 'hmc'.")
+        if self.kind == "hmc" and (self.num_steps is None) == (self.trajectory_length is None):
+            raise InvalidAlgorithm(
+                f"hmc: num_steps={self.num_steps!r} and trajectory_length="
+                f"{self.trajectory_length!r}; give num_steps or trajectory_length, and not both."
+            )
+        for name in ("num_steps", "trajectory_length"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise InvalidAlgorithm(
+                    f"{self.kind}: {name}={value!r}; expected a positive number."
+                )
         if self.chain_method not in ("auto", "threads", "vectorized"):
-            raise InvalidAlgorithm(f"{self.kind}: chain_method={self.chain_method!r}; expected "
-                                   "'auto', 'threads' or 'vectorized'.")
+            raise InvalidAlgorithm(
+                f"{self.kind}: chain_method={self.chain_method!r}; expected "
+                "'auto', 'threads' or 'vectorized'."
+            )
 
 
 @dataclass

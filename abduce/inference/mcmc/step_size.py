@@ -23,7 +23,7 @@ _FEWEST_DRAWS = 24  # of all chains together, for a step size to be judged
 
 def initial_log_step(chains: Chains, metric: LinearMap, target: float) -> float:
     """Doubles or halves until one leapfrog step is accepted at about the target rate."""
-    log_step, direction = float(np.log(chains.dim ** -0.25)), 0
+    log_step, direction = float(np.log(chains.dim**-0.25)), 0
     for _ in range(40):
         chains.restart_averages(log_step)
         draws = chains.advance(1, metric, max_depth=1)
@@ -36,8 +36,16 @@ def initial_log_step(chains: Chains, metric: LinearMap, target: float) -> float:
     return log_step
 
 
-def tune(chains: Chains, metric: LinearMap, log_step: float, num_draws: int, target: float,
-         max_depth: int, advance: Callable[..., Draws], is_regular: bool) -> float:
+def tune(
+    chains: Chains,
+    metric: LinearMap,
+    log_step: float,
+    num_draws: int,
+    target: float,
+    max_depth: int,
+    advance: Callable[..., Draws],
+    is_regular: bool,
+) -> float:
     """Chooses the step size to sample with.
 
     Args:
@@ -90,7 +98,7 @@ def _effective_share(path: np.ndarray, metric: LinearMap) -> float:
         variance = np.maximum(values.var((0, 1)), 1e-300)
         moved = np.mean(np.square(np.diff(values, axis=1)), (0, 1)) / (2 * variance)
         moved = np.sort(np.clip(moved, 1e-6, 1.9))
-        shares.append(np.mean((moved / (2 - moved))[:(len(moved) + 1) // 2]))
+        shares.append(np.mean((moved / (2 - moved))[: (len(moved) + 1) // 2]))
     return float(min(shares))
 
 

@@ -72,9 +72,19 @@ class _Machine(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("log_density", "max_depth", "on_cpu"))
-def run_nuts(log_density: LogDensity, data: Any, seed: jax.Array, draw: jax.Array,
-              position: jax.Array, average: jax.Array, controls: Controls, metric: LinearMap, *,
-              max_depth: int, on_cpu: bool) -> Result:
+def run_nuts(
+    log_density: LogDensity,
+    data: Any,
+    seed: jax.Array,
+    draw: jax.Array,
+    position: jax.Array,
+    average: jax.Array,
+    controls: Controls,
+    metric: LinearMap,
+    *,
+    max_depth: int,
+    on_cpu: bool,
+) -> Result:
     """Makes `num_draws` draws of one chain.
 
     Args:
@@ -104,10 +114,13 @@ def run_nuts(log_density: LogDensity, data: Any, seed: jax.Array, draw: jax.Arra
     start = _initial(position, draw.astype(jnp.uint32), DualAverage(*average), max_depth)
     m = lax.while_loop(lambda m: m.done < controls.integers[0], turn, start)
     point = m.tree.point
-    return Result(m.rows,
-                  jnp.concatenate([point.position, point.gradient, point.log_density[None],
-                                   jnp.stack(m.average)]),
-                  jnp.stack([m.draw.astype(jnp.int32), m.num_gradients]))
+    return Result(
+        m.rows,
+        jnp.concatenate(
+            [point.position, point.gradient, point.log_density[None], jnp.stack(m.average)]
+        ),
+        jnp.stack([m.draw.astype(jnp.int32), m.num_gradients]),
+    )
 
 
 def _initial(position, draw, average, max_depth) -> _Machine:
@@ -119,16 +132,37 @@ def _initial(position, draw, average, max_depth) -> _Machine:
     edge = Edge(position, zeros, zeros)
     count = jnp.zeros((), jnp.int32)
     return _Machine(
-        done=count - 1, draw=draw, average=average, edge=edge,
-        ends=jax.tree.map(lambda x: jnp.stack([x, x]), edge), forward=count,
-        start=jnp.zeros(2, dtype), tree=tree, subtree=tree,
-        checkpoints=jnp.zeros((max_depth + 1, 3, dim), dtype), leaf=count, leaves=count,
-        depth=count, acceptance=zero, stats=jnp.zeros(len(STATS), dtype),
-        rows=jnp.zeros((num_rows(dim), 2 * dim + len(STATS)), dtype), num_gradients=count)
+        done=count - 1,
+        draw=draw,
+        average=average,
+        edge=edge,
+        ends=jax.tree.map(lambda x: jnp.stack([x, x]), edge),
+        forward=count,
+        start=jnp.zeros(2, dtype),
+        tree=tree,
+        subtree=tree,
+        checkpoints=jnp.zeros((max_depth + 1, 3, dim), dtype),
+        leaf=count,
+        leaves=count,
+        depth=count,
+        acceptance=zero,
+        stats=jnp.zeros(len(STATS), dtype),
+        rows=jnp.zeros((num_rows(dim), 2 * dim + len(STATS)), dtype),
+        num_gradients=count,
+    )
 
 
-def _settle(m: _Machine, halfway, step, position, value, gradient, seed, controls: Controls,
-            metric: LinearMap) -> _Machine:
+def _settle(
+    m: _Machine,
+    halfway,
+    step,
+    position,
+    value,
+    gradient,
+    seed,
+    controls: Controls,
+    metric: LinearMap,
+) -> _Machine:
     """The second kick, then everything that the new leaf completes."""
     dtype, starting = m.start.dtype, m.done < 0
     momentum, force, kinetic = kick(halfway, step, gradient, metric)
@@ -145,18 +179,26 @@ def _settle(m: _Machine, halfway, step, position, value, gradient, seed, control
     checkpoints = _store(m, momentum)
     turned = _turns_inside(checkpoints, m.leaf, momentum, momentum_sum)
     m = m._replace(
-        edge=Edge(position, momentum, force), subtree=_Tree(point, weight, momentum_sum),
-        checkpoints=checkpoints, leaf=m.leaf + 1, leaves=m.leaves + 1,
+        edge=Edge(position, momentum, force),
+        subtree=_Tree(point, weight, momentum_sum),
+        checkpoints=checkpoints,
+        leaf=m.leaf + 1,
+        leaves=m.leaves + 1,
         acceptance=m.acceptance + jnp.minimum(1, jnp.exp(error)),
-        num_gradients=m.num_gradients + 1)
+        num_gradients=m.num_gradients + 1,
+    )
 
     complete = ~(diverged | turned)
     rows, done, first = m.rows, m.done, checkpoints[0, 0]
     # buffers stay outside the branches: XLA would copy them
     small = lax.cond(
         ~complete | (m.leaf == 1 << m.depth),
-        lambda s: _close_subtree(s, first, complete, diverged, words.second, seed, controls, metric),
-        lambda s: s, m._replace(rows=None, checkpoints=None))
+        lambda s: _close_subtree(
+            s, first, complete, diverged, words.second, seed, controls, metric
+        ),
+        lambda s: s,
+        m._replace(rows=None, checkpoints=None),
+    )
     rows = write_row(rows, small.tree.point, small.stats, done, controls)
     return small._replace(rows=rows, checkpoints=checkpoints)
 
@@ -184,8 +226,9 @@ def _turns_inside(checkpoints, leaf, momentum, momentum_sum):
         rows = lax.dynamic_slice_in_dim(checkpoints, k, 2)
         (first, before, _), (middle, before_middle, left_last) = rows
         # the two checks across the halves (Stan 2.21): a whole turn must not hide between the ends
-        across = (_turns(first, middle, before_middle - before + middle)
-                  | _turns(left_last, momentum, momentum_sum - before_middle + left_last))
+        across = _turns(first, middle, before_middle - before + middle) | _turns(
+            left_last, momentum, momentum_sum - before_middle + left_last
+        )
         across &= k < longest  # a span of two has no halves to speak of
         return turned | across | _turns(first, momentum, momentum_sum - before)
 
@@ -196,8 +239,9 @@ def _turns(first, last, momentum_sum):
     return ~((dot(first, momentum_sum) > 0) & (dot(last, momentum_sum) > 0))
 
 
-def _close_subtree(m: _Machine, first, complete, diverged, word, seed, controls: Controls,
-                   metric: LinearMap) -> _Machine:
+def _close_subtree(
+    m: _Machine, first, complete, diverged, word, seed, controls: Controls, metric: LinearMap
+) -> _Machine:
     """Joins the subtree to the tree, then extends the tree or ends the trajectory."""
     tree, subtree = m.tree, m.subtree
     # biased towards the new half (Betancourt, arXiv 1701.02434, appendix A.3.2)
@@ -205,21 +249,34 @@ def _close_subtree(m: _Machine, first, complete, diverged, word, seed, controls:
     far = jax.tree.map(lambda x: x[1 - m.forward], m.ends).momentum
     near = jax.tree.map(lambda x: x[m.forward], m.ends).momentum
     last = m.edge.momentum
-    turned = (_turns(far, last, tree.momentum_sum + subtree.momentum_sum)
-              | _turns(far, first, tree.momentum_sum + first)
-              | _turns(near, last, subtree.momentum_sum + near))
+    turned = (
+        _turns(far, last, tree.momentum_sum + subtree.momentum_sum)
+        | _turns(far, first, tree.momentum_sum + first)
+        | _turns(near, last, subtree.momentum_sum + near)
+    )
     ends = jax.tree.map(
-        lambda x, y: lax.dynamic_update_slice_in_dim(x, y[None], m.forward, 0), m.ends, m.edge)
+        lambda x, y: lax.dynamic_update_slice_in_dim(x, y[None], m.forward, 0), m.ends, m.edge
+    )
     m = m._replace(
-        ends=ends, depth=m.depth + 1, leaf=jnp.zeros_like(m.leaf),
-        tree=_Tree(jax.tree.map(partial(jnp.where, take), subtree.point, tree.point),
-                   jnp.logaddexp(tree.weight, subtree.weight),
-                   tree.momentum_sum + subtree.momentum_sum),
-        subtree=subtree._replace(weight=jnp.full_like(tree.weight, -jnp.inf),
-                                 momentum_sum=jnp.zeros_like(first)))
+        ends=ends,
+        depth=m.depth + 1,
+        leaf=jnp.zeros_like(m.leaf),
+        tree=_Tree(
+            jax.tree.map(partial(jnp.where, take), subtree.point, tree.point),
+            jnp.logaddexp(tree.weight, subtree.weight),
+            tree.momentum_sum + subtree.momentum_sum,
+        ),
+        subtree=subtree._replace(
+            weight=jnp.full_like(tree.weight, -jnp.inf), momentum_sum=jnp.zeros_like(first)
+        ),
+    )
     ended = ~complete | turned | (m.depth >= controls.integers[2]) | (m.done < 0)
-    return lax.cond(ended, lambda s: _next_draw(s, diverged, seed, controls, metric),
-                    lambda s: _extend(s, (word & np.uint32(1)).astype(jnp.int32)), m)
+    return lax.cond(
+        ended,
+        lambda s: _next_draw(s, diverged, seed, controls, metric),
+        lambda s: _extend(s, (word & np.uint32(1)).astype(jnp.int32)),
+        m,
+    )
 
 
 def _extend(m: _Machine, forward) -> _Machine:
@@ -232,17 +289,34 @@ def _next_draw(m: _Machine, diverged, seed, controls: Controls, metric: LinearMa
     dtype, starting, point = m.start.dtype, m.done < 0, m.tree.point
     rate = m.acceptance / m.leaves.astype(dtype)
     energy = m.start[1] - m.start[0] - point.energy_error
-    stats = jnp.stack([point.log_density, energy, m.leaves.astype(dtype), m.depth.astype(dtype),
-                       rate, diverged.astype(dtype), jnp.exp(m.average.log_step)])
+    stats = jnp.stack(
+        [
+            point.log_density,
+            energy,
+            m.leaves.astype(dtype),
+            m.depth.astype(dtype),
+            rate,
+            diverged.astype(dtype),
+            jnp.exp(m.average.log_step),
+        ]
+    )
     draw = m.draw + jnp.where(starting, 0, 1).astype(m.draw.dtype)
     momentum, bit = normals(seed, draw, m.edge.position.shape[0], dtype)
     edge = Edge(point.position, momentum, pull(metric, point.gradient))
     average = adapted(m.average, controls, rate, starting)
     return m._replace(
-        done=m.done + 1, draw=draw, average=average, edge=edge, stats=stats,
-        ends=jax.tree.map(lambda x: jnp.stack([x, x]), edge), forward=bit,
+        done=m.done + 1,
+        draw=draw,
+        average=average,
+        edge=edge,
+        stats=stats,
+        ends=jax.tree.map(lambda x: jnp.stack([x, x]), edge),
+        forward=bit,
         start=jnp.stack([point.log_density, 0.5 * dot(momentum, momentum)]),
-        tree=_Tree(point._replace(energy_error=jnp.zeros_like(rate)), jnp.zeros_like(rate),
-                   momentum),
-        leaves=jnp.ones_like(m.leaf) - 1, depth=jnp.zeros_like(m.depth),
-        acceptance=jnp.zeros_like(rate))
+        tree=_Tree(
+            point._replace(energy_error=jnp.zeros_like(rate)), jnp.zeros_like(rate), momentum
+        ),
+        leaves=jnp.ones_like(m.leaf) - 1,
+        depth=jnp.zeros_like(m.depth),
+        acceptance=jnp.zeros_like(rate),
+    )

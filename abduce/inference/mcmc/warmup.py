@@ -16,12 +16,12 @@ import numpy as np
 
 from .chains import Chains, Draws
 from .linear_map import LinearMap, diagonal_map
+from .machine import DualAverage
 from .metric_choice import choose_metric, irregularity
 from .report import split_rhat
 from .settings import HMCConfig
 from .start import approach
 from .step_size import initial_log_step, tune
-from .machine import DualAverage
 
 __all__ = ["Warmup", "warm_up"]
 
@@ -56,8 +56,13 @@ class Warmup:
     history: list[dict] = field(default_factory=list)
 
 
-def warm_up(chains: Chains, config: HMCConfig, rank: int,
-            advance: Callable[..., Draws], propose: Callable[[list[int]], None]) -> Warmup:
+def warm_up(
+    chains: Chains,
+    config: HMCConfig,
+    rank: int,
+    advance: Callable[..., Draws],
+    propose: Callable[[list[int]], None],
+) -> Warmup:
     """Adapts step size and metric.
 
     Args:
@@ -80,8 +85,11 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
                 first = diagonal_map(first.scale, rank)
             warmup.metric = first
             warmup.metric_kind = "dense" if first.is_structured else "diagonal"
-    log_step = (initial_log_step(chains, warmup.metric, config.target_accept_prob)
-                if config.step_size is None else float(np.log(config.step_size)))
+    log_step = (
+        initial_log_step(chains, warmup.metric, config.target_accept_prob)
+        if config.step_size is None
+        else float(np.log(config.step_size))
+    )
 
     left = config.num_warmup
     reserve = min(_FINAL_DRAWS, left // 4) if config.adapt_step_size else 0
@@ -94,16 +102,25 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
             count = left - reserve
         # pulled towards larger steps, which are cheap to try (Hoffman and Gelman, 2014)
         chains.restart_averages(log_step, pull=np.log(2.0))
-        draws = advance(count, warmup.metric, adapt=config.adapt_step_size,
-                        max_depth=min(config.max_tree_depth, _FIRST_DEPTH + index))
+        draws = advance(
+            count,
+            warmup.metric,
+            adapt=config.adapt_step_size,
+            max_depth=min(config.max_tree_depth, _FIRST_DEPTH + index),
+        )
         log_step = _pooled_log_step(chains, log_step, config)
         left -= count
         warmup.num_draws += count
-        warmup.history.append({
-            "num_draws": count, "metric": warmup.metric_kind, "step_size": float(np.exp(log_step)),
-            "mean_steps": float(np.mean(draws.stats["n_steps"])),
-            "acceptance_rate": float(np.mean(draws.stats["acceptance_rate"])),
-            "num_gradients": chains.num_gradients})
+        warmup.history.append(
+            {
+                "num_draws": count,
+                "metric": warmup.metric_kind,
+                "step_size": float(np.exp(log_step)),
+                "mean_steps": float(np.mean(draws.stats["n_steps"])),
+                "acceptance_rate": float(np.mean(draws.stats["acceptance_rate"])),
+                "num_gradients": chains.num_gradients,
+            }
+        )
         recent = [*recent[-1:], draws] if index > 2 else [draws]
         if config.adapt_mass_matrix:
             warmup.settled = _refit(warmup, recent, config)
@@ -113,8 +130,16 @@ def warm_up(chains: Chains, config: HMCConfig, rank: int,
         size, index = int(size * _GROWTH), index + 1
     if reserve:
         regular = irregularity(warmup.metric, recent[-1].gradients) < _REGULAR if recent else False
-        log_step = tune(chains, warmup.metric, log_step, reserve, config.target_accept_prob,
-                        config.max_tree_depth, advance, regular)
+        log_step = tune(
+            chains,
+            warmup.metric,
+            log_step,
+            reserve,
+            config.target_accept_prob,
+            config.max_tree_depth,
+            advance,
+            regular,
+        )
         warmup.num_draws += reserve
     warmup.step_size = float(np.exp(log_step))
     warmup.num_gradients = chains.num_gradients
@@ -131,10 +156,13 @@ def _refit(warmup: Warmup, recent: list[Draws], config: HMCConfig) -> bool:
     newest = recent[-1]
     positions = np.concatenate([d.positions for d in recent], 1)
     gradients = np.concatenate([d.gradients for d in recent], 1)
-    num_chains, num_draws, dim = positions.shape
+    num_chains, _, dim = positions.shape
     choice = choose_metric(positions, gradients, warmup.metric, config.dense_mass)
-    warmup.history[-1] |= {"cost": choice.current_cost, "refitted": choice.cost,
-                           "choice": choice.kind}
+    warmup.history[-1] |= {
+        "cost": choice.current_cost,
+        "refitted": choice.cost,
+        "choice": choice.kind,
+    }
     usable = np.all(np.isfinite(choice.metric.factor)) and np.isfinite(choice.cost)
     enough = num_chains * newest.positions.shape[1] >= max(100, 2 * dim)
     settled = enough and choice.current_cost < _GOOD_ENOUGH * choice.cost and _agree(newest)
