@@ -143,7 +143,7 @@ def ess(x, method: str = "bulk", prob: float | None = None) -> np.ndarray:
         raise InvalidValue(
             f'ess: method={method!r} with prob={prob}; prob goes with method="quantile" alone.'
         )
-    if method == "quantile":
+    if prob is not None:
         return ess_quantile(x, prob)
     if method == "median":
         return ess_quantile(x, 0.5)

@@ -83,9 +83,8 @@ def flatten(
         {'a': {'$tuple': [1, {'$float': 'inf'}]}}
     """
     arrays: dict[str, object] = {}
-    taken = set(taken or ())
     try:
-        return _encode(value, prefix, arrays, taken), arrays
+        return _encode(value, prefix, arrays, set(taken or ())), arrays
     except RecursionError as error:
         raise InvalidValue(f'save: "{prefix}" is nested too deeply, or contains itself.') from error
 

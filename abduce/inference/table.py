@@ -204,7 +204,7 @@ def element_labels(
         )
     axes = []
     for dim, size in zip(dims, shape, strict=True):
-        if dim is None or dim not in (coords or {}):
+        if coords is None or dim is None or dim not in coords:
             axes.append([str(i) for i in range(size)])
             continue
         names = [str(label) for label in coords[dim]]

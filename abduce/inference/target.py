@@ -170,12 +170,12 @@ def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]
         start += size
     if start == 0:
         raise InvalidAlgorithm(f"{name}: the latents of `{problem.program.name}` are all empty.")
-    given = {
-        a: to_physical(problem.program.sites[a], g)
-        for a, g in problem.given.items()
-        if not any(s.address == a and s.hidden is None for s in slots)
+    sites = problem.program.sites
+    data = {
+        "dynamic": problem.arguments.dynamic,
+        "given": {a: to_physical(sites[a], g) for a, g in problem.given.items()},
+        "hidden": hidden,
     }
-    data = {"dynamic": problem.arguments.dynamic, "given": given, "hidden": hidden}
     return FlatTarget(problem.arguments.static, tuple(slots), start), data
 
 
@@ -214,12 +214,11 @@ def with_reference(
     """
     if not sites:
         return data, 0.0
-    plain = dict(data["given"])
-    for address in sites:
-        g = plain.get(address)
-        if g is not None:
-            plain[address] = None if g.value is None else dataclasses.replace(g, reference=None)
-    plain = {a: g for a, g in plain.items() if g is not None}
+    plain = {
+        a: dataclasses.replace(g, reference=None)
+        for a, g in data["given"].items()
+        if g.value is not None  # else it was only a reference
+    }
     scores = _scores_at(target, sites, {**data, "given": plain}, jnp.asarray(q))
     given, constant = dict(plain), 0.0
     for address, score in scores.items():

@@ -48,6 +48,6 @@ def labels_of(x: Any) -> dict[str, list[Any]]:
         return {str(k): list(v.values) for k, v in x.coords.items() if k in x.dims}
     index = getattr(x, "index", None)
     name = getattr(index, "name", None)
-    if name is not None and hasattr(x, "iloc"):
+    if index is not None and name is not None and hasattr(x, "iloc"):
         return {str(name): list(index)}
     return {}

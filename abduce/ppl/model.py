@@ -240,10 +240,6 @@ class FunctionModel(Model):
     def name(self) -> str:
         return getattr(self.fn, "__name__", type(self.fn).__name__)
 
-    @property
-    def __doc__(self):
-        return self.fn.__doc__
-
     def emit(self, *args, **kwargs):
         return self.fn(*args, **kwargs)
 

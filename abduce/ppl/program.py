@@ -98,7 +98,8 @@ def pack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments
     args = tuple(_prepare(a) for a in args)
     kwargs = {k: _prepare(v) for k, v in kwargs.items()}
     leaves, treedef = jax.tree_util.tree_flatten((model, args, kwargs))
-    dynamic, static = [], []
+    dynamic: list[Any] = []
+    static: list[Any] = []
     for leaf in leaves:
         if _is_dynamic(leaf):
             if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUSmM":

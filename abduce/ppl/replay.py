@@ -145,7 +145,7 @@ class Replay:
         def element(ops, k, value, mask, hidden):
             d = site.build(ops)
             guard = site.operand(ops, "guard")
-            bij = None
+            bij: Any = None
             jac = None
             if hidden is not None or (value is not None and given.unconstrained):
                 bij = bijection(d, site)

@@ -155,7 +155,7 @@ class Site:
     dtype: Any
     event_dim: int = 0
     roles: tuple[str, ...] = ()
-    spec: DistSpec | None = None
+    spec: Any = None
     axes: tuple[Axis, ...] = ()
     dims: tuple[str | None, ...] = ()
     where: str = ""
@@ -214,7 +214,6 @@ class Site:
 
     def build(self, operands: Sequence[Any]) -> Any:
         """The element's distribution, from the operands of one element."""
-        assert self.spec is not None
         return self.spec.build(
             [x for x, r in zip(operands, self.roles, strict=True) if r == "leaf"]
         )
