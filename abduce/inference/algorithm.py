@@ -8,13 +8,14 @@ fields (starting points, proposals) are pytree leaves, everything else is static
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
 
-from abduce.errors import InvalidAlgorithm
+from abduce.errors import InvalidAlgorithm, suggest
 from abduce.inference.problem import Problem, make_problem
 from abduce.ppl.model import Model
 
@@ -47,13 +48,7 @@ class Algorithm:
             >>> ab.nuts().replace(num_samples=200).num_samples
             200
         """
-        try:
-            return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-        except TypeError as e:
-            fields = ", ".join(f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
-            raise InvalidAlgorithm(
-                f"ab.{type(self).__name__}.replace: {e}. The settings are {fields}."
-            ) from None
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def run(self, problem: Problem, key: Any) -> Any:
         """Infers; returns a `Posterior`."""
@@ -68,6 +63,25 @@ def algorithm(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass that is a pytree."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self, *args, **settings):
+        name = f"ab.{cls.__name__}"
+        if args:
+            raise InvalidAlgorithm(
+                f"{name} takes its settings by name, got {type(args[0]).__name__}. Write "
+                f"{name}({names[0]}=...); as a decorator it has parentheses, @{name}()."
+            )
+        unknown = [n for n in settings if n not in names]
+        if unknown:
+            raise InvalidAlgorithm(
+                f"{name} has no setting {unknown[0]!r}; its settings are {', '.join(names)}."
+                f"{suggest(unknown[0], names)}"
+            )
+        generated(self, **settings)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
     data = [n for n in names if n in _ARRAY_FIELDS]
     jax.tree_util.register_dataclass(
         cls, data_fields=data, meta_fields=[n for n in names if n not in data]

@@ -28,7 +28,7 @@ class importance(Algorithm):
 
     Args:
         num_samples: Draws.
-        proposal: A Model called as `proposal(given, *args)`, or a Posterior fit; None: the prior.
+        proposal: A Model called as `proposal(given, *args)`; None: the prior.
         smooth: Whether the draws carry Pareto-smoothed weights; the evidence uses raw ones.
 
     The posterior has one chain of weighted draws, `log_evidence`, and the diagnostics `ess`
@@ -61,17 +61,15 @@ class importance(Algorithm):
         )
         values = {a: draws[a][None] for a in problem.program.sites if a in draws}
         active = {a: x[None] for a, x in active.items()}
-        n = self.num_samples
-        log_evidence = jax.nn.logsumexp(log_weights) - jnp.log(n)
         if isinstance(log_weights, jax.core.Tracer):
             return make_posterior(
                 problem, values, algorithm="importance", log_weights=log_weights[None],
-                log_evidence=log_evidence, active=active,
+                log_evidence=jax.nn.logsumexp(log_weights) - jnp.log(self.num_samples),
+                active=active,
             )  # fmt: skip
-        log_weights = np.asarray(log_weights, np.float64)
-        return self._checked(problem, values, active, log_weights, log_evidence)
+        return self._checked(problem, values, active, np.asarray(log_weights, np.float64))
 
-    def _checked(self, problem, values, active, log_weights, log_evidence):
+    def _checked(self, problem, values, active, log_weights):
         bad = np.isnan(log_weights) | (log_weights == np.inf)
         if not np.isfinite(log_weights).any():
             raise Degenerate(
@@ -87,11 +85,9 @@ class importance(Algorithm):
                 f"ab.importance: {int(bad.sum())} of {self.num_samples} weights were NaN or "
                 f"infinite and count as zero. Look for invalid operations in the model."
             )
-            peak = log_weights.max()
-            log_evidence = peak + np.log(np.mean(np.exp(log_weights - peak)))
         smoothed, k = psis(log_weights)
         ess = float(weights_ess(log_weights))
-        threshold = khat_threshold(self.num_samples)
+        threshold = khat_threshold(max(self.num_samples, 2))
         if not k <= threshold:
             messages.append(
                 f"ab.importance: Pareto k is {float(k):.2f} (above {threshold:.2f}) and the "
@@ -99,14 +95,15 @@ class importance(Algorithm):
                 f"uneven to trust the result. Raise num_samples, pass a proposal= nearer to the "
                 f"posterior, or use ab.nuts."
             )
-        relative = np.exp(log_weights - log_weights.max())
+        peak = log_weights.max()
+        relative = np.exp(log_weights - peak)
         se = float(relative.std() / relative.mean() / np.sqrt(len(relative)))
         return make_posterior(
             problem,
             values,
             algorithm="importance",
             log_weights=(smoothed if self.smooth else log_weights)[None],
-            log_evidence=float(log_evidence),
+            log_evidence=float(peak + np.log(relative.mean())),
             diagnostics={"ess": ess, "pareto_k": float(k), "log_evidence_se": se},
             messages=messages,
             active=active,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from abduce.errors import InitializationError
+from abduce.errors import InitializationError, InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.init import starting_points
 from abduce.inference.posterior import Posterior, make_posterior
@@ -56,6 +56,12 @@ class laplace(Algorithm):
             check_count("laplace", field, getattr(self, field))
 
     def run(self, problem: Problem, key: Any) -> Posterior:
+        if problem.is_traced or isinstance(key, jax.core.Tracer):
+            raise InvalidAlgorithm(
+                "ab.laplace climbs to the mode between compiled calls, so it cannot run inside "
+                "jax.jit or jax.vmap. Loop over the data sets in Python: with equal shapes nothing "
+                "is compiled again. ab.importance can be mapped."
+            )
         target, data = make_target(problem, "ab.laplace")
         propose, describe = starting_points(
             self.init, problem, target, data, self.num_starts, "ab.laplace"
@@ -149,10 +155,12 @@ def _newton(
     target: Any, data: Any, mode: np.ndarray, value: float, dtype: Any
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """Polishes a mode; returns it with its value and the negative Hessian there."""
-    for _ in range(3):
+    for step_number in range(4):
         q = jnp.asarray(mode, dtype)
         hessian = np.asarray(_hessian(target, data, q), np.float64)
         precision = np.nan_to_num(-(hessian + hessian.T) / 2)
+        if step_number == 3:
+            break
         gradient = np.asarray(_value_and_grad(target, data, q)[1], np.float64)
         try:
             step = np.linalg.solve(precision, gradient)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.errors import AbduceWarning, InvalidValue, UnknownAddress, suggest
-from abduce.inference.problem import Problem
+from abduce.inference import weighting
+from abduce.inference.problem import Problem, make_problem
+from abduce.ppl.masked import Masked
 from abduce.ppl.program import Arguments
 
 __all__ = ["Posterior", "make_posterior"]
@@ -31,7 +32,7 @@ class Posterior(eqx.Module):
         diagnostics: Arrays and numbers by name; per-draw ones are `(chain, draw)`.
         warnings: What the reader must know, each with a remedy.
         arguments: The packed model and its arguments; None after loading from disk.
-        given: The data it was conditioned on.
+        given: The data it was conditioned on; partly observed ones as `ab.masked` makes them.
         active: For sites in branches, whether they counted, `(chain, draw, mapped axes)`. Where
             they did not, float draws are NaN; `mean`, `std`, `quantile` and `summary` are over the
             draws where they did.
@@ -60,19 +61,32 @@ class Posterior(eqx.Module):
     @property
     def num_chains(self) -> int:
         """Number of chains."""
-        return next(iter(self.draws.values())).shape[0]
+        return self._shape[0]
 
     @property
     def num_draws(self) -> int:
         """Draws per chain."""
-        return next(iter(self.draws.values())).shape[1]
+        return self._shape[1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        address, draws = next(iter(self.draws.items()))
+        shape = np.shape(draws)
+        extra = len(shape) - 2 - len(self.dims_by_site[address])
+        if extra > 0:
+            raise InvalidValue(
+                f"this is a stack of posteriors, shape {shape[:extra]}, as jax.vmap makes. Take "
+                f"one of them, jax.tree.map(lambda x: x[0], post), or compute inside the mapped "
+                f"function."
+            )
+        return shape[:2]
 
     def __contains__(self, address: str) -> bool:
         return address in self.draws
 
     def keys(self) -> list[str]:
-        """The addresses there are draws of."""
-        return list(self.draws)
+        """The addresses there are draws of, in the order of the model."""
+        return [a for a, _ in self.dims if a in self.draws]  # trees are sorted by address
 
     def __getitem__(self, address: str) -> Any:
         """Equally weighted draws, `(chain, draw, ...)`; weighted ones are resampled once."""
@@ -84,6 +98,7 @@ class Posterior(eqx.Module):
         return flat[index][None]
 
     def _raw(self, address: str) -> Any:
+        _ = self._shape  # refuses stacks of posteriors
         if address not in self.draws:
             raise UnknownAddress(
                 f"the posterior has no draws of {address!r}; there are {', '.join(self.draws)}."
@@ -91,20 +106,15 @@ class Posterior(eqx.Module):
             )
         return self.draws[address]
 
-    @functools.cached_property
+    @property
     def _weights(self) -> Any:
-        """Normalized weights, flat over chains and draws; float64 on the host."""
-        log_weights = np.asarray(self.log_weights, np.float64).reshape(-1)
-        w = np.exp(log_weights - log_weights.max())
-        return w / w.sum()
+        """Normalized weights, flat over chains and draws; None if equal."""
+        return None if self.log_weights is None else weighting.normalized(self.log_weights)
 
-    @functools.cached_property
+    @property
     def _resampled(self) -> Any:
-        """Systematic resampling with a fixed offset: the same draws on every access."""
-        n = self._weights.size
-        cdf = np.cumsum(self._weights)
-        points = (np.arange(n) + 0.5) / n * cdf[-1]
-        return np.minimum(np.searchsorted(cdf, points), n - 1)
+        """Indices of equally weighted draws, the same on every access."""
+        return weighting.resampling_index(self._weights)
 
     def sample(self, key: Any, n: int) -> dict[str, Any]:
         """Draws from the draws, with replacement, by weight.
@@ -120,7 +130,8 @@ class Posterior(eqx.Module):
 
         key = typed_key(key, "post.sample")
         total = self.num_chains * self.num_draws
-        p = None if self.log_weights is None else jnp.asarray(self._weights)
+        weights = self._weights
+        p = None if weights is None else jnp.asarray(weights)
         index = jax.random.choice(key, total, (n,), p=p)
         return {a: jnp.asarray(x).reshape((-1, *x.shape[2:]))[index] for a, x in self.draws.items()}
 
@@ -145,38 +156,26 @@ class Posterior(eqx.Module):
 
     def expect(self, f: Callable[[dict[str, Any]], Any], *, batch_size: int | None = None) -> Any:
         """Posterior mean of `f` of a draw's flat dict, by weight."""
-        return jax.tree.map(self._mean, self.map(f, batch_size=batch_size))
-
-    def _mean(self, x: Any, on: Any = None) -> Any:
-        """Weighted mean over chains and draws, of the entries where `on` is true."""
-        x = np.asarray(x)
-        flat = x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
-        flat = flat.reshape((-1, *flat.shape[2:]))
-        if self.log_weights is None and on is None:
-            return flat.mean(0)
-        weights = np.ones(len(flat)) if self.log_weights is None else self._weights
-        weights = weights.reshape((-1,) + (1,) * (flat.ndim - 1))
-        if on is not None:
-            on = on.reshape(flat.shape)
-            flat, weights = np.where(on, flat, 0), np.where(on, weights, 0)
-        with np.errstate(invalid="ignore"):  # never active: NaN
-            return (weights * flat).sum(0) / weights.sum(0)
+        weights = self._weights
+        values = self.map(f, batch_size=batch_size)
+        return jax.tree.map(lambda x: weighting.mean(x, weights), values)
 
     def _on(self, address: str) -> Any | None:
         """Where a conditional site is active, in the shape of its draws; None for others."""
         if address not in self.active:
             return None
-        on, shape = np.asarray(self.active[address]), np.shape(self.draws[address])
-        return np.broadcast_to(on.reshape(on.shape + (1,) * (len(shape) - on.ndim)), shape)
+        on, shape = self.active[address], np.shape(self.draws[address])
+        xp = jnp if isinstance(on, jax.core.Tracer) else np
+        return xp.broadcast_to(on.reshape(on.shape + (1,) * (len(shape) - on.ndim)), shape)
 
     def mean(self, address: str) -> Any:
         """Posterior mean of a site."""
-        return self._mean(self._raw(address), self._on(address))
+        return weighting.mean(self._raw(address), self._weights, self._on(address))
 
     def std(self, address: str) -> Any:
         """Posterior standard deviation of a site."""
-        x, on = np.asarray(self._raw(address), np.float64), self._on(address)
-        return np.sqrt(self._mean((x - self._mean(x, on)) ** 2, on))
+        x, on, weights = self._raw(address), self._on(address), self._weights
+        return weighting.mean((x - weighting.mean(x, weights, on)) ** 2, weights, on) ** 0.5
 
     def quantile(self, address: str, q: Any) -> Any:
         """Posterior quantiles of a site.
@@ -188,24 +187,10 @@ class Posterior(eqx.Module):
         Returns:
             Shape `jnp.shape(q) + site shape`.
         """
-        from abduce.inference.summary import weighted_quantile
-
         q = np.asarray(q, np.float64)
         if ((q < 0) | (q > 1)).any():
             raise InvalidValue(f"post.quantile: probabilities lie in [0, 1], got {q}.")
-        x = np.asarray(self._raw(address))
-        flat = x.reshape((-1, *x.shape[2:]))
-        on = self._on(address)
-        if self.log_weights is None and on is None:
-            return np.quantile(flat, q, axis=0)
-        weights = np.ones(len(flat)) if self.log_weights is None else self._weights
-        columns = flat.reshape(len(flat), -1).T
-        used = np.ones(columns.shape, bool) if on is None else on.reshape(len(flat), -1).T
-        out = [
-            weighted_quantile(c[u], weights[u], np.atleast_1d(q)) if u.any() else q + np.nan
-            for c, u in zip(columns, used, strict=True)
-        ]
-        return np.reshape(np.moveaxis(np.array(out), 0, -1), (*q.shape, *x.shape[2:]))
+        return weighting.quantile(self._raw(address), q, self._weights, self._on(address))
 
     def summary(self, *, interval: float = 0.9) -> Any:
         """Mean, sd, interval, effective sample sizes, R-hat and MCSE of every element.
@@ -219,10 +204,10 @@ class Posterior(eqx.Module):
         from abduce.inference.summary import summarize
 
         table = summarize(
-            {a: np.asarray(x) for a, x in self.draws.items()},
+            {a: np.asarray(self.draws[a]) for a in self.keys()},
             None if self.log_weights is None else np.asarray(self.log_weights),
             interval=interval,
-            dims=self.dims_by_site,
+            dims={a: d for a, d in self.dims if a in self.draws},
             coords=dict(self.coords),
         )
         sites = np.array(table.sites)
@@ -280,7 +265,12 @@ class Posterior(eqx.Module):
         )  # fmt: skip
 
     def log_likelihood(self, *, batch_size: int | None = None) -> dict[str, Any]:
-        """Pointwise log likelihood of the observed sites, `(chain, draw, ...)`, in nats."""
+        """Pointwise log likelihood of the observed sites, in nats.
+
+        Returns:
+            By address, `(chain, draw, ...)`, in the order of `post[...]`: an entry per element
+            (mapped axes, then batch). Entries that were not observed are NaN.
+        """
         from abduce.inference.predict import log_likelihood
 
         return log_likelihood(self, batch_size=batch_size)
@@ -290,38 +280,41 @@ class Posterior(eqx.Module):
     def to_arviz(self, *, log_likelihood: bool = True, predictive: Any = None) -> Any:
         """The ArviZ object of the installed version.
 
+        The log likelihood of a partly observed site `y` is called `y_observed` and holds the
+        observed entries, flattened.
+
         Args:
             log_likelihood: Whether to compute the pointwise log likelihood (for LOO).
             predictive: What `predict` returned, to add as `posterior_predictive`.
         """
         from abduce.inference.arviz import to_arviz
+        from abduce.inference.predict import observations, with_gaps
 
         stats = {
             k: np.asarray(v)
             for k, v in self.diagnostics.items()
-            if np.shape(v)[:2] == (self.num_chains, self.num_draws) and self.log_weights is None
+            if np.shape(v)[:2] == self._shape and self.log_weights is None
         }
+        data = observations(self)
         likelihood = None
-        if log_likelihood and self.arguments is not None and self._observed_addresses():
-            likelihood = {a: np.asarray(v) for a, v in self.log_likelihood().items()}
-        draws = {a: np.asarray(self[a]) for a in self.draws}
-        if self.log_weights is not None:
-            likelihood = None
+        if log_likelihood and self.arguments is not None and data:
+            found = {a: np.asarray(v) for a, v in self.log_likelihood().items()}
+            likelihood = {  # leave-one-out estimates cannot take gaps
+                a if data[a][1] is None else f"{a}_observed": x
+                if data[a][1] is None
+                else x[:, :, np.asarray(data[a][1])]
+                for a, x in found.items()
+            }
         return to_arviz(
-            draws,
+            {a: np.asarray(self[a]) for a in self.keys()},
             sample_stats=stats or None,
             log_likelihood=likelihood,
             posterior_predictive=predictive,
-            observed_data={a: np.asarray(v) for a, v in self.given.items()} or None,
+            observed_data={a: with_gaps(*x) for a, x in data.items()} or None,
             dims=self.dims_by_site,
             coords=dict(self.coords),
             attrs={"inference_library": "abduce", "algorithm": self.algorithm},
         )
-
-    def _observed_addresses(self) -> list[str]:
-        from abduce.inference.predict import observed_addresses
-
-        return observed_addresses(self)
 
     def save(self, path: Any) -> Any:
         """Writes a folder that `ab.load` reads back.
@@ -337,7 +330,7 @@ class Posterior(eqx.Module):
         return save_posterior(self, path)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{a} {tuple(np.shape(x)[2:])}" for a, x in self.draws.items())
+        shapes = ", ".join(f"{a} {tuple(np.shape(self.draws[a])[2:])}" for a in self.keys())
         weighted = "" if self.log_weights is None else ", weighted"
         evidence = ""
         if self.log_evidence is not None and not isinstance(self.log_evidence, jax.core.Tracer):
@@ -346,6 +339,13 @@ class Posterior(eqx.Module):
             f"<Posterior by {self.algorithm}: {self.num_chains} x {self.num_draws} draws"
             f"{weighted} of {shapes}{evidence}>"
         )
+
+
+@jax.tree_util.register_static
+class _Text(str):
+    """A diagnostic in words; without leaves, so that a posterior can enter compiled functions."""
+
+    __slots__ = ()
 
 
 def make_posterior(
@@ -362,7 +362,7 @@ def make_posterior(
     """Builds a posterior and raises its warnings once."""
     sites = problem.program.sites
     messages = messages or []
-    draws = {a: _hide_inactive(x, (active or {}).get(a)) for a, x in draws.items()}
+    draws = {a: _hide_inactive(draws[a], (active or {}).get(a)) for a in sites if a in draws}
     for message in messages:
         warnings.warn(message, AbduceWarning, stacklevel=4)
     used = {d for a in sites for d in sites[a].dims if d}
@@ -371,13 +371,18 @@ def make_posterior(
         log_weights=log_weights,
         log_evidence=log_evidence,
         params={},
-        diagnostics=diagnostics or {},
+        diagnostics={
+            k: _Text(v) if isinstance(v, str) else v for k, v in (diagnostics or {}).items()
+        },
         arguments=problem.arguments,
-        given={a: g.value for a, g in problem.given.items()},
+        given={
+            a: g.value if g.mask is None else Masked(g.value, g.mask)
+            for a, g in problem.given.items()
+        },
         active=active or {},
         warnings=tuple(messages),
         coords=tuple((k, tuple(v)) for k, v in problem.coords.items() if k in used),
-        dims=tuple((a, sites[a].dims) for a in draws),
+        dims=tuple((a, s.dims) for a, s in sites.items()),
         deterministic=tuple(a for a in draws if sites[a].kind == "deterministic"),
         algorithm=algorithm,
     )
@@ -394,12 +399,7 @@ def _hide_inactive(x: Any, active: Any) -> Any:
 def prior_posterior(model: Any, key: Any, args: Any, num_samples: int, kwargs: Any) -> Posterior:
     """Independent draws of everything in the model, as a posterior with equal weights."""
     from abduce.inference.predict import draw_prior
-    from abduce.inference.problem import _accepts
 
-    kwargs = dict(kwargs)
-    coords = {} if _accepts(model, "coords") else dict(kwargs.pop("coords", None) or {})
-    bare = model if model.algorithm is None else model.with_algorithm(None)
-    program, arguments = bare._stage(args, kwargs)
-    problem = Problem(bare, program, arguments, {}, args, kwargs, coords)
+    problem = make_problem(model, args, None, kwargs, None)
     draws, active = draw_prior(problem, key, num_samples)
     return make_posterior(problem, draws, algorithm="prior", active=active)

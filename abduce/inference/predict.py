@@ -13,7 +13,9 @@ import numpy as np
 
 from abduce.errors import InvalidValue
 from abduce.inference.problem import Problem
+from abduce.ppl.masked import Masked
 from abduce.ppl.operations import (
+    execute,
     outside_scopes,
     prepare_given,
     run_program,
@@ -24,17 +26,19 @@ from abduce.ppl.program import Arguments, Program, stage_packed
 from abduce.ppl.replay import Given, Replay
 from abduce.ppl.selection import matching
 
-__all__ = ["draw_prior", "log_likelihood", "observed_addresses", "predict"]
+__all__ = ["draw_prior", "log_likelihood", "observations", "predict", "with_gaps"]
 
 _BATCH_ELEMENTS = 20_000_000  # numbers produced per step when batch_size is not given
 
 
-def _model_of(post: Any, model: Any, call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _model_of(
+    post: Any, model: Any, call: str, remedy: str
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if post.arguments is None:
         if model is None:
             raise InvalidValue(
                 f"{call}: this posterior was loaded from disk, and models are code, which is not "
-                f"stored. Pass the model and its arguments: {call}(key, *args, model=m)."
+                f"stored. {remedy}"
             )
         return model, (), {}
     own, args, kwargs = post.arguments.unpack()
@@ -54,7 +58,10 @@ def predict(
 ) -> dict[str, Any]:
     """See `Posterior.predict`."""
     key = typed_key(key, "post.predict")
-    model, args, kwargs = _model_of(post, model, "post.predict")
+    model, args, kwargs = _model_of(
+        post, model, "post.predict",
+        "Pass the model and its arguments: post.predict(key, *args, model=m).",
+    )  # fmt: skip
     if new_args or new_kwargs:
         args, kwargs = new_args, new_kwargs
     if model.algorithm is not None:
@@ -77,9 +84,11 @@ def predict(
                 f'prior given the rest (new groups, say), pass redraw="{address}".'
             )
         kept[address] = _kept(post, address, info)
+    partly = [a for a, v in post.given.items() if isinstance(v, Masked)]
     wanted = tuple(
         a for a, s in program.sites.items()
-        if s.kind in ("sample", "deterministic") and a not in kept and a not in fixed
+        if s.kind in ("sample", "deterministic")
+        and (a not in kept or a in partly) and a not in fixed
     )  # fmt: skip
     if not wanted:
         raise InvalidValue(
@@ -91,20 +100,30 @@ def predict(
     out = run_at_draws(
         replay, wanted, ("value",), program, arguments, key, fixed, kept, shape, batch_size
     )["value"]
-    if post.log_weights is not None:
-        index = post._resampled
-        out = {a: x.reshape((-1, *x.shape[2:]))[index][None] for a, x in out.items()}
-    return out
+    return _resampled(post, out)
+
+
+def _resampled(post: Any, out: dict[str, Any]) -> dict[str, Any]:
+    """In the order of `post[...]`."""
+    if post.log_weights is None:
+        return out
+    index = post._resampled
+    return {a: x.reshape((-1, *x.shape[2:]))[index][None] for a, x in out.items()}
 
 
 def _kept(post: Any, address: str, info: Any) -> Given:
-    """The draws of a site; where it was not active, it has no value yet."""
+    """The draws of a site; it has no value where it was not active, or was observed."""
     draws = jnp.asarray(post.draws[address])
-    if address not in post.active:
-        return Given(draws, trusted=True)
-    on = jnp.asarray(post.active[address])
     shape = draws.shape[: 2 + info.batch_ndim]
-    mask = jnp.broadcast_to(on.reshape(on.shape + (1,) * (len(shape) - on.ndim)), shape)
+    masks = []
+    if address in post.active:
+        on = jnp.asarray(post.active[address])
+        masks.append(on.reshape(on.shape + (1,) * (len(shape) - on.ndim)))
+    if isinstance(data := post.given.get(address), Masked):
+        masks.append(~jnp.asarray(data.observed))
+    if not masks:
+        return Given(draws, trusted=True)
+    mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape)
     return Given(draws, mask, trusted=True)
 
 
@@ -122,18 +141,41 @@ def descendants(program: Program, chosen: set[str]) -> set[str]:
     return found
 
 
-def observed_addresses(post: Any) -> list[str]:
-    """Sites with data: given, or observed in the program."""
+def observations(post: Any) -> dict[str, tuple[Any, Any]]:
+    """Data by address, given or observed in the program: values, and a mask or None."""
+    data = {
+        a: (v.values, v.observed) if isinstance(v, Masked) else (v, None)
+        for a, v in post.given.items()
+    }
+    if post.arguments is None:
+        return data
     model, args, kwargs = post.arguments.unpack()
-    program, _ = stage_operation(model, args, kwargs)
-    return [a for a in program.sites if a in post.given or a in program.observed]
+    program, arguments = stage_operation(model, args, kwargs)
+    if set(program.observed) - set(data):
+        replay = Replay(record=frozenset({"value", "mask"}), score=False, fill=True)
+        records = execute(replay, arguments, None, {})["records"]
+        for address in program.observed:
+            if address not in data:
+                data[address] = records[address]["value"], records[address].get("mask")
+    return {a: data[a] for a in program.sites if a in data}
+
+
+def with_gaps(values: Any, mask: Any) -> np.ndarray:
+    """Data with NaN where nothing was observed."""
+    values = np.asarray(values)
+    if mask is None:
+        return values
+    mask = np.reshape(mask, np.shape(mask) + (1,) * (values.ndim - np.ndim(mask)))
+    return np.where(mask, values, np.nan)
 
 
 def log_likelihood(post: Any, *, batch_size: int | None) -> dict[str, Any]:
     """See `Posterior.log_likelihood`."""
-    model, args, kwargs = _model_of(post, None, "post.log_likelihood")
+    model, args, kwargs = _model_of(
+        post, None, "post.log_likelihood", "Call it before saving, or run m.posterior(...) again."
+    )
     program, arguments = stage_operation(model, args, kwargs)
-    observed = tuple(observed_addresses(post))
+    data = observations(post)
     fixed = {a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws}
     kept = {
         a: Given(jnp.asarray(x), trusted=True)
@@ -142,9 +184,13 @@ def log_likelihood(post: Any, *, batch_size: int | None) -> dict[str, Any]:
     }
     replay = Replay(record=frozenset({"score"}))
     shape = (post.num_chains, post.num_draws)
-    return run_at_draws(
-        replay, observed, ("score",), program, arguments, None, fixed, kept, shape, batch_size
+    scores = run_at_draws(
+        replay, tuple(data), ("score",), program, arguments, None, fixed, kept, shape, batch_size
     )["score"]
+    for address, (_, mask) in data.items():
+        if mask is not None:
+            scores[address] = jnp.where(mask, scores[address], jnp.nan)
+    return _resampled(post, scores)
 
 
 def run_at_draws(

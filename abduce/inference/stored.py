@@ -9,6 +9,7 @@ import numpy as np
 from abduce.errors import InvalidValue
 from abduce.inference.persistence import load_folder, save_folder
 from abduce.inference.posterior import Posterior
+from abduce.ppl.masked import Masked
 
 __all__ = ["load", "save_posterior"]
 
@@ -16,10 +17,11 @@ __all__ = ["load", "save_posterior"]
 def save_posterior(post: Posterior, path: Any) -> Any:
     """Writes a posterior as a folder; see `Posterior.save`."""
     config = {
-        "given": {a: np.asarray(v) for a, v in post.given.items()},
+        "given": {a: _as_stored(v) for a, v in post.given.items()},
         "params": {a: np.asarray(v) for a, v in post.params.items()},
         "diagnostics": {
-            k: v if isinstance(v, (str, int, float, bool)) or v is None else np.asarray(v)
+            k: str(v) if isinstance(v, str)
+            else v if isinstance(v, (int, float, bool)) or v is None else np.asarray(v)
             for k, v in post.diagnostics.items()
         },
         "log_evidence": None if post.log_evidence is None else float(np.asarray(post.log_evidence)),
@@ -34,6 +36,12 @@ def save_posterior(post: Posterior, path: Any) -> Any:
     if post.log_weights is not None:
         arrays["log_weights"] = np.asarray(post.log_weights)
     return save_folder(path, "posterior", config, arrays)
+
+
+def _as_stored(x: Any) -> Any:
+    if isinstance(x, Masked):
+        return {"values": np.asarray(x.values), "observed": np.asarray(x.observed)}
+    return np.asarray(x)
 
 
 def _plain(x: Any) -> Any:
@@ -56,15 +64,18 @@ def load(path: Any) -> Any:
     kind, config, arrays = load_folder(path)
     if kind != "posterior":
         raise InvalidValue(f"ab.load: {path} holds a {kind!r}, which this version cannot load.")
+    draws = {n[len("draws/") :]: x for n, x in arrays.items() if n.startswith("draws/")}
     return Posterior(
-        draws={n[len("draws/") :]: x for n, x in arrays.items() if n.startswith("draws/")},
+        draws=draws,
         active={n[len("active/") :]: x for n, x in arrays.items() if n.startswith("active/")},
         log_weights=arrays.get("log_weights"),
         log_evidence=config["log_evidence"],
         params=config["params"],
         diagnostics=config["diagnostics"],
         arguments=None,
-        given=config["given"],
+        given={
+            a: Masked(**v) if isinstance(v, dict) else v for a, v in config["given"].items()
+        },
         warnings=tuple(config["warnings"]),
         coords=tuple((k, tuple(v)) for k, v in config["coords"].items()),
         dims=tuple((k, tuple(v)) for k, v in config["dims"].items()),

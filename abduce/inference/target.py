@@ -171,11 +171,11 @@ def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]
     if start == 0:
         raise InvalidAlgorithm(f"{name}: the latents of `{problem.program.name}` are all empty.")
     sites = problem.program.sites
-    data = {
-        "dynamic": problem.arguments.dynamic,
-        "given": {a: to_physical(sites[a], g) for a, g in problem.given.items()},
-        "hidden": hidden,
-    }
+    given = {a: to_physical(sites[a], g) for a, g in problem.given.items()}
+    for address, index in hidden.items():
+        if not len(index):  # nothing is hidden after all
+            given[address] = dataclasses.replace(given[address], mask=None)
+    data = {"dynamic": problem.arguments.dynamic, "given": given, "hidden": hidden}
     return FlatTarget(problem.arguments.static, tuple(slots), start), data
 
 
@@ -275,7 +275,7 @@ def constrain(
         else:
             simple[slot.address] = (slot, info, support)
     extra = [a for a, s in program.sites.items() if s.kind == "deterministic"]
-    partly = [a for a, s in program.sites.items() if s.partial or _is_masked(data, a)]
+    partly = [a for a, s in program.sites.items() if s.partial or a in data["hidden"]]
     wanted = tuple(dict.fromkeys([*rest, *partly, *extra]))
     draws: dict[str, Any] = {}
     active: dict[str, Any] = {}
@@ -295,11 +295,6 @@ def constrain(
         draws.update(values)
     order = [a for a in program.sites if a in draws]
     return {a: draws[a] for a in order}, active
-
-
-def _is_masked(data: Any, address: str) -> bool:
-    g = data["given"].get(address)
-    return g is not None and g.mask is not None
 
 
 def _apply(support: Any, u: Any) -> Any:
@@ -377,6 +372,8 @@ def _unconstrain_now(target, data, given):
         info = program.sites[slot.address]
         u = info.to_physical(out["records"][slot.address]["unconstrained"])
         u = u.reshape(slot.shape)
+        if info.conditional:
+            u = jnp.nan_to_num(u)  # draws of another posterior are NaN where they were inactive
         if slot.hidden is not None:
             n = math.prod(slot.shape[: slot.batch_ndim])
             u = u.reshape(n, -1)[data["hidden"][slot.address]]

@@ -235,8 +235,7 @@ class _Walk:
         for rounds in itertools.count(1):
             result, new = step(carry)
             grown = [
-                a if a.ident == b.ident else _Value(a.labels | b.labels, a.ident)
-                for a, b in zip(carry, new, strict=True)
+                _Value(a.labels | b.labels, a.ident) for a, b in zip(carry, new, strict=True)
             ]
             before, written = written, {k: self.cells[k] for k in known}
             if (grown == carry and written == before) or rounds == limit:
@@ -301,9 +300,7 @@ def _is_ref(atom: Any) -> bool:
     return hasattr(atom.aval, "inner_aval")
 
 
-_RENAMES = frozenset(
-    ("stop_gradient", "copy", "copy_p", "convert_element_type", "broadcast_in_dim", "reshape")
-)
+_RENAMES = ("stop_gradient", "copy", "copy_p", "convert_element_type", "broadcast_in_dim")
 
 
 def _same_array(eqn: Any, vals: list[_Value]) -> list[_Value] | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 
 from abduce.ppl.layout import NODE, lay_out
 
@@ -98,8 +101,10 @@ def draw(graph: Any) -> Figure:
     return figure
 
 
+@functools.lru_cache(maxsize=4096)
 def _text_width(text: str, size: float) -> float:
-    return float(TextPath((0, 0), text, size=size).get_extents().width) if text.strip() else 0.0
+    font = FontProperties(size=size)
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0])
 
 
 def _caption(site: Any) -> str:
@@ -182,17 +187,16 @@ def _boundary(site: Any, center: Any, towards: Any) -> tuple[float, float]:
 
 
 def _smooth(points: list[Any]) -> Path:
-    """A curve through the points, with Catmull-Rom tangents."""
+    """A curve through the points, vertical at those between: so edges that share them join."""
     if len(points) == 2:
         return Path(points, [Path.MOVETO, Path.LINETO])
     way, codes = [points[0]], [Path.MOVETO]
-    padded = [points[0], *points, points[-1]]
-    for p, q, r, s in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
-        way += [
-            (q[0] + (r[0] - p[0]) / 6, q[1] + (r[1] - p[1]) / 6),
-            (r[0] - (s[0] - q[0]) / 6, r[1] - (s[1] - q[1]) / 6),
-            r,
-        ]
+    last = len(points) - 1
+    for i, (p, q) in enumerate(itertools.pairwise(points)):
+        dx, dy = q[0] - p[0], q[1] - p[1]
+        leave = (0.35 * dx, 0.35 * dy) if i == 0 else (0.0, 0.45 * dy)
+        enter = (0.35 * dx, 0.35 * dy) if i + 1 == last else (0.0, 0.45 * dy)
+        way += [(p[0] + leave[0], p[1] + leave[1]), (q[0] - enter[0], q[1] - enter[1]), q]
         codes += [Path.CURVE4] * 3
     return Path(way, codes)
 

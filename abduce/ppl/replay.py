@@ -23,6 +23,7 @@ from numpyro.distributions import constraints
 
 from abduce.errors import MissingData, MissingKey, NoDensity
 from abduce.ppl.checks import is_whole_space
+from abduce.ppl.densities import log_prob
 from abduce.ppl.interpreter import address_key, broadcast_operand
 from abduce.ppl.site import Site, elementwise
 from abduce.ppl.support import bijection
@@ -102,7 +103,7 @@ class Replay:
         if site.kind == "factor":
             return self._factor(site, operands, acc)
         if site.kind == "param":
-            value = operands[0] if given is None else given.value.astype(site.dtype)
+            value = jnp.asarray(operands[0] if given is None else given.value, site.dtype)
             return [value], acc, {"value": value} if "value" in self.record else None
         if site.kind == "deterministic":
             value = broadcast_operand(site, operands[0], 0)
@@ -204,9 +205,6 @@ class Replay:
             if "unconstrained" in self.record:
                 b = bijection(d, site)
                 out["unconstrained"] = b._inverse(x)
-            if "support" in self.record:
-                out["support"] = _in_support(d, x, site)
-                out["log_prob_raw"] = d.log_prob(x) if site.spec.family != "Simulator" else x * 0
             return out
 
         out = elementwise(site, element, operands, keys, value, mask, hidden)
@@ -220,8 +218,6 @@ class Replay:
             supplied = out["supplied"]
             acc = acc.add(total, None if supplied is None else jnp.sum(supplied))
         record = {name: out[name] for name in sorted(self.record) if name in out}
-        if "log_prob_raw" in out:
-            record["log_prob_raw"] = out["log_prob_raw"]
         return [out["value"]], acc, self._guard_record(site, operands, record)
 
     def _element_keys(self, site, key):
@@ -272,7 +268,7 @@ def _modified(site, ops, logp, *, scale=True):
 
 
 def _log_density(d, x, site, trusted):
-    logp = d.log_prob(x)
+    logp = log_prob(d, x)
     logp = jnp.broadcast_to(logp, site.batch_shape)
     if trusted or not jnp.issubdtype(logp.dtype, jnp.inexact):
         return logp

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from numpyro.distributions import constraints
 
 from abduce.errors import InvalidModel, OutsideModel
@@ -302,7 +303,10 @@ def has_sites(jaxpr: Any) -> bool:
 
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_SKIP = (_PACKAGE + os.sep, os.path.dirname(os.path.abspath(jax.__file__)) + os.sep)
+_SKIP = (
+    _PACKAGE + os.sep,
+    *(os.path.dirname(os.path.abspath(m.__file__)) + os.sep for m in (jax, numpyro)),
+)
 
 
 def user_location() -> str:

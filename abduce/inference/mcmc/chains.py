@@ -83,7 +83,7 @@ class Chains:
         self._warm = False
         self._seconds_per_gradient = np.inf
         if threads:
-            self._program = partial(program, log_density, on_cpu=True)
+            self._program = partial(program, log_density, on_cpu=jax.default_backend() == "cpu")
             cores = (
                 len(os.sched_getaffinity(0))
                 if hasattr(os, "sched_getaffinity")

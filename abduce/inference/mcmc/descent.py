@@ -184,5 +184,7 @@ def _update(hessian, step, change, weight):
     dim = step.shape[0]
     if hessian is None:
         hessian = np.eye(dim) * (step @ change) / (change @ change)
-    left = np.eye(dim) - weight * np.outer(step, change)
-    return left @ hessian @ left.T + weight * np.outer(step, step)
+    moved = hessian @ change
+    along = np.outer(step, moved)
+    scale = weight + weight**2 * float(change @ moved)
+    return hessian - weight * (along + along.T) + scale * np.outer(step, step)

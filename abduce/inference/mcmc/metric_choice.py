@@ -21,7 +21,7 @@ import numpy as np
 
 from .linear_map import LinearMap, diagonal_map
 
-__all__ = ["Choice", "choose_metric", "covariance_map", "irregularity", "whiten"]
+__all__ = ["Choice", "choose_metric", "covariance_map", "nonlinearity", "whiten"]
 
 _WORTH_STRUCTURE = 0.9  # a structured map must cut the predicted cost to this share
 _SHRINK = 5.0  # draws' worth of the identity mixed into covariances, in scaled coordinates
@@ -69,7 +69,8 @@ def choose_metric(
         candidates["diagonal"] = [_diagonal_welford, _diagonal_fisher]
     if dense_mass is not False:
         if rank == dim:
-            candidates["dense"] = [_dense_fisher, _dense_welford]
+            # in large dimension the sample covariance needs more draws than a window has
+            candidates["dense"] = [_dense_fisher, _dense_welford][: 2 if dim <= 50 else 1]
         else:
             candidates["low rank"] = [_low_rank_fisher]
     scored = []
@@ -83,21 +84,33 @@ def choose_metric(
     return Choice(kind, fit(pairs, rank), float(cost), float(current_cost))
 
 
-def irregularity(metric: LinearMap, gradients: np.ndarray) -> float:
-    """How unequal the curvature is over the posterior.
+def nonlinearity(metric: LinearMap, positions: np.ndarray, gradients: np.ndarray) -> float:
+    """How far the gradient is from a linear function of the position.
 
-    The squared length of the gradient, seen through the map, has the variance of a chi-square for
-    a Gaussian. Returns its standard deviation over the Gaussian's: about 1 for regular targets,
-    above 2 for funnels, whatever the metric.
+    For a Gaussian it is one, without noise, so few draws tell. Elsewhere the curvature depends on
+    where one is, and a step size that does well on average may be too large in places.
 
     Args:
-        metric: The map.
-        gradients: `(num_chains, num_draws, dim)`.
+        metric: The map, through which the coordinates are comparable.
+        positions: `(num_chains, num_draws, dim)`.
+        gradients: Same shape.
+
+    Returns:
+        The largest share of a whitened gradient's variance that a linear regression leaves
+        unexplained: below 0.15 for regressions with much data, about 0.5 for a mild funnel, 1 for
+        a bad one, and 1 where there are too few draws to tell.
     """
-    dim = gradients.shape[-1]
-    g = _pull(metric, np.asarray(gradients, np.float64))
-    squared = np.sum(np.square(g - g.mean((0, 1))), -1)
-    return float(squared.std() / squared.mean() * np.sqrt(dim / 2))
+    dim = positions.shape[-1]
+    x = np.asarray(positions, np.float64).reshape(-1, dim)
+    g = _pull(metric, np.asarray(gradients, np.float64).reshape(-1, dim))
+    if len(x) < 2 * dim + 10:
+        return 1.0
+    z = whiten(metric, x - x.mean(0))
+    g = g - g.mean(0)
+    residual = g - z @ np.linalg.lstsq(z, g, rcond=None)[0]
+    unexplained = np.sum(residual**2, 0) / (len(x) - dim - 1)
+    variance = np.sum(g**2, 0) / (len(x) - 1)
+    return float(np.max(unexplained / np.maximum(variance, 1e-300)))
 
 
 def covariance_map(covariance: np.ndarray, rank: int) -> LinearMap:

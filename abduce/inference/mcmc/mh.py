@@ -32,9 +32,14 @@ class mh(Algorithm):
     it samples; the move is accepted with the ratio of Metropolis et al. (1953) and Hastings (1970),
     `p(new) q(old | new) / (p(old) q(new | old))`. Discrete and continuous latents are alike.
 
+    Latents that no proposal covers are drawn afresh from their prior given the rest, each in turn
+    (single-site Metropolis-Hastings). So are those in a branch that a proposal opens without
+    covering them. What is proposed for a branch that is not taken is dropped, and so is its
+    density; nothing else in the proposal may depend on it.
+
     Args:
-        proposal: A Model, or a tuple of Models applied in turn. None: every latent in turn is
-            drawn afresh from its prior given the rest (single-site Metropolis-Hastings).
+        proposal: A Model, or a tuple of Models applied in turn. None: every latent is drawn from
+            its prior.
         num_warmup: Iterations that are dropped.
         num_samples: Iterations that are kept, before thinning.
         num_chains: Chains.
@@ -87,12 +92,12 @@ class mh(Algorithm):
         kept = self.num_samples // self.thinning
         try:
             while done < kept:
-                count = min(_CHUNK, -done) if done < 0 else _CHUNK
+                count = min(_CHUNK, -done if done < 0 else kept - done)
                 thinning = 1 if done < 0 else self.thinning
                 call_key = jax.random.fold_in(key_run, len(parts) + done + self.num_warmup)
                 state, out = _advance(_CHUNK, count, thinning, setup, state, call_key)
                 if done >= 0:
-                    parts.append(out if problem.is_traced else jax.device_get(out))
+                    parts.append(out if _is_traced(out) else jax.device_get(out))
                 done = 0 if done < 0 and done + count >= 0 else done + count
         except KeyboardInterrupt:
             if not parts:
@@ -101,16 +106,21 @@ class mh(Algorithm):
                 f"ab.mh: interrupted after {len(parts) * _CHUNK} of {kept} draws per chain; those "
                 f"are returned."
             )
-        join = jnp.concatenate if problem.is_traced else np.concatenate
+        traced = _is_traced(parts)
+        join = jnp.concatenate if traced else np.concatenate
         draws, active, stats = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
         order = [a for a in problem.program.sites if a in draws]
-        if not problem.is_traced:
+        if not traced:
             messages += _messages(stats)
         stats["num_nan"] = stats["num_nan"].sum()
         return make_posterior(
             problem, {a: draws[a] for a in order}, algorithm="mh", diagnostics=stats,
             messages=messages, active=active,
         )  # fmt: skip
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _messages(stats: dict[str, Any]) -> list[str]:
@@ -149,8 +159,8 @@ def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:
     init = alg.init
     if isinstance(init, dict):
         trace, _ = _generate_at(n, setup, _chain_values(init, problem, n), key)
-        values = np.asarray(trace._log_density)
-        if not problem.is_traced and not np.isfinite(values).all():
+        values = np.zeros(1) if _is_traced(trace) else np.asarray(trace._log_density)
+        if not np.isfinite(values).all():
             raise InitializationError(
                 f"ab.mh: init= has log density {values[~np.isfinite(values)][0]} in chain "
                 f"{int(np.argmin(np.isfinite(values)))}. Start inside the support."
@@ -163,7 +173,7 @@ def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:
         else:
             draws = _init_draws(init, problem, n, k)
             trace, ok = _generate_at(n, setup, draws, k)
-        if problem.is_traced or bool(np.all(ok)):
+        if _is_traced(ok) or bool(np.all(ok)):
             return trace
     raise InitializationError(
         f"ab.mh: no starting point with a finite log density among {20 * _TRIES} prior draws per "
@@ -247,7 +257,7 @@ def _advance(size, count, thinning, setup, state, key):
         return select(ok, new, old), ok, nan
 
     def propose(q, key, trace):
-        k1, k2, k3 = jax.random.split(key, 3)
+        k1, k2, k3, k4 = jax.random.split(key, 4)
         moved = q.simulate(k1, {**observed, **trace.choices}, *args, **kwargs)
         if both := sorted(partial & set(moved.choices)):
             raise InvalidAlgorithm(
@@ -256,8 +266,18 @@ def _advance(size, count, thinning, setup, state, key):
             )
         new, log_weight, _ = trace.update(moved.choices, key=k2)
         back = {a: trace.choices[a] for a in moved.choices}
-        reverse = q.log_density(back, {**observed, **new.choices}, *args, **kwargs)
-        return accept(k3, new, trace, log_weight + reverse - moved._log_density)
+        reverse, _ = q.generate(k4, back, {**observed, **new.choices}, *args, **kwargs)
+        forwards, can_go = _density_of_move(moved, new.active)
+        backwards, can_return = _density_of_move(reverse, trace.active)
+        for a in set(trace.active) & set(trace.choices) - set(moved.choices):
+            # The way back draws from the prior what vanishes here.
+            backwards += _sum_where(~new.active[a], trace.scores[a])
+        log_ratio = log_weight + backwards - forwards
+        return accept(k3, new, trace, jnp.where(can_go & can_return, log_ratio, -jnp.inf))
+
+    def covered(trace):
+        state = {**observed, **trace.choices}
+        return {a for q in proposals for a in q.program(state, *args, **kwargs).latents}
 
     def refresh(address, key, trace):
         k1, k2 = jax.random.split(key)
@@ -265,9 +285,8 @@ def _advance(size, count, thinning, setup, state, key):
         return accept(k2, new, trace, log_weight)
 
     def iterate(trace, key):
-        moves = [functools.partial(propose, q) for q in proposals] or [
-            functools.partial(refresh, a) for a in trace.choices
-        ]
+        moves = [functools.partial(propose, q) for q in proposals]
+        moves += [functools.partial(refresh, a) for a in trace.choices if a not in covered(trace)]
         oks, nans = [], []
         for move, k in zip(moves, jax.random.split(key, len(moves)), strict=True):
             trace, ok, nan = move(k, trace)
@@ -296,3 +315,38 @@ def _advance(size, count, thinning, setup, state, key):
 
     keys = jax.random.split(key, jax.tree.leaves(state)[0].shape[0])
     return jax.vmap(chain)(state, keys)
+
+
+def _density_of_move(proposed: Any, active: dict[str, Any]) -> tuple[Any, Any]:
+    """Log density of a proposal's run, and whether it gave all that the model needs.
+
+    Args:
+        proposed: Trace of the proposal.
+        active: Where the model's sites are active at the point proposed.
+    """
+    total, possible = proposed._log_density, jnp.asarray(True)
+    for address in proposed.choices:
+        needed = active.get(address)
+        score = proposed.scores[address]
+        if needed is not None:
+            total = total - _sum_where(~needed, score)
+        if address in proposed.active:
+            lacking = _spread(~proposed.active[address], score)
+            if needed is not None:
+                lacking = lacking & _spread(needed, score)
+            possible = possible & ~jnp.any(lacking)
+    return total, possible
+
+
+def _sum_where(on: Any, score: Any) -> Any:
+    return jnp.sum(jnp.where(_spread(on, score), score, 0.0))
+
+
+def _spread(on: Any, score: Any) -> Any:
+    """A flag per mapped element, for every element of a batch."""
+    if on.ndim > score.ndim:
+        raise InvalidAlgorithm(
+            f"ab.mh: a proposal treats as one event, scored in shape {score.shape}, what the model "
+            f"has in branches of shape {on.shape}. Propose its elements independently."
+        )
+    return on.reshape(on.shape + (1,) * (score.ndim - on.ndim))

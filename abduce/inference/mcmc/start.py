@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from .chains import Chains
+from .chains import Chains, Draws
 from .descent import Mass, find_mass
 from .linear_map import LinearMap
-from .metric_choice import covariance_map
+from .metric_choice import covariance_map, whiten
 
-__all__ = ["approach"]
+__all__ = ["approach", "negligible", "rescue"]
 
 _ROUNDS = 3  # starts of a chain that ends far below the best
 
@@ -21,8 +21,8 @@ def approach(
     """Descends with every chain, and again with those that end in a negligible mode.
 
     A chain may fall into a mode whose mass is nothing next to another's; a sampler would take very
-    long to leave it. Such a chain starts anew and keeps the best of its ends. Modes of comparable
-    mass are left alone.
+    long to leave it. Such a chain starts anew, and if that does not help from where the best chain
+    is. Modes of comparable mass are left alone.
 
     Args:
         chains: With finite log density at their positions, which are moved.
@@ -45,10 +45,14 @@ def approach(
                 ends[i] = end
         best = max(ends.values(), key=Mass.log_mass)
         guide = best.covariance
-        pending = [i for i, end in ends.items() if end.log_mass() < best.log_mass() - 10 - dim]
+        pending = [
+            i for i, end in ends.items() if end.log_mass() < best.log_mass() - negligible(dim)
+        ]
         if not pending:
             break
     for i, end in ends.items():
+        # a chain that finds no other way starts where one of the others does
+        end = best if i in pending else end
         chains.positions[i] = end.descent.position
     good = [
         end.covariance for i, end in ends.items() if i not in pending and end.covariance is not None
@@ -77,3 +81,32 @@ def _finish(chains: Chains, unit: LinearMap, searches: dict[int, Any]) -> dict[i
                 ends[i] = stop.value
                 del searches[i]
     return ends
+
+
+def negligible(dim: int) -> float:
+    """How far below the best the log mass of a mode must be estimated for the mode not to count.
+
+    Ten nats are a factor of 20 000; the rest allows for the estimate, which is of Laplace's kind.
+    """
+    return 10.0 + dim
+
+
+def rescue(chains: Chains, draws: Draws, metric: LinearMap) -> int:
+    """Moves chains out of modes of negligible mass, between two windows of the warm-up.
+
+    The mass around a chain is estimated by its mean log density and the volume it covers.
+
+    Returns:
+        How many chains were moved, each to a draw of another chain.
+    """
+    z = whiten(metric, draws.positions.astype(np.float64))
+    volume = np.sum(np.log(np.maximum(z.std(1), 1e-6)), -1)
+    mass = np.mean(draws.stats["lp"].astype(np.float64), 1) + volume
+    lost = np.flatnonzero(~(mass > np.nanmax(mass) - negligible(chains.dim)))
+    kept = np.flatnonzero(mass > np.nanmax(mass) - negligible(chains.dim))
+    if not len(kept):
+        return 0
+    for order, i in enumerate(lost):
+        donor = kept[order % len(kept)]
+        chains.positions[i] = draws.positions[donor, draws.positions.shape[1] // 2]
+    return len(lost)

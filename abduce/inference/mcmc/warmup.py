@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .chains import Chains, Draws
+from .chains import Chains, Draws, joined
 from .linear_map import LinearMap, diagonal_map
 from .machine import DualAverage
-from .metric_choice import choose_metric, irregularity
+from .metric_choice import choose_metric, nonlinearity
 from .report import split_rhat
 from .settings import HMCConfig
-from .start import approach
+from .start import approach, rescue
 from .step_size import initial_log_step, tune
 
 __all__ = ["Warmup", "warm_up"]
@@ -29,7 +29,7 @@ _FIRST_WINDOW, _GROWTH = 12, 1.5
 _FINAL_DRAWS = 90  # to choose the step size that sampling uses
 _FIRST_DEPTH = 4  # the cap of the first window; one more in each that follows
 _GOOD_ENOUGH = 1.15  # cost of the metric in use over that of a refitted one
-_REGULAR = 1.5  # largest irregularity of a target with about the same curvature everywhere
+_REGULAR = 0.25  # largest nonlinearity of a target with about the same curvature everywhere
 _AGREEMENT = 1.1  # largest split R-hat at which chains count as mixed during warm-up
 
 
@@ -43,6 +43,7 @@ class Warmup:
         step_size: The shared step size.
         num_draws: Draws made by each chain.
         num_gradients: Evaluations of all chains, starting points and descent included.
+        num_rescued: How often a chain was moved out of a mode of negligible mass.
         settled: Whether it ended because nothing was left to gain.
         history: One line per window, for `diagnostics`.
     """
@@ -52,6 +53,7 @@ class Warmup:
     step_size: float = 1.0
     num_draws: int = 0
     num_gradients: int = 0
+    num_rescued: int = 0
     settled: bool = False
     history: list[dict] = field(default_factory=list)
 
@@ -121,15 +123,18 @@ def warm_up(
                 "num_gradients": chains.num_gradients,
             }
         )
-        recent = [*recent[-1:], draws] if index > 2 else [draws]
+        moved = rescue(chains, draws, warmup.metric)
+        warmup.num_rescued += moved
+        recent = [*recent[-1:], draws]
         if config.adapt_mass_matrix:
-            warmup.settled = _refit(warmup, recent, config)
+            warmup.settled = _refit(warmup, recent if index > 2 else [draws], config)
         else:
             warmup.settled = count >= 25 and _agree(draws)
-        warmup.settled &= config.end_warmup_early
+        warmup.settled &= config.end_warmup_early and not moved
         size, index = int(size * _GROWTH), index + 1
-    if reserve:
-        regular = irregularity(warmup.metric, recent[-1].gradients) < _REGULAR if recent else False
+    if reserve and recent:
+        latest = joined(recent)
+        uneven = nonlinearity(warmup.metric, latest.positions, latest.gradients)
         log_step = tune(
             chains,
             warmup.metric,
@@ -138,7 +143,7 @@ def warm_up(
             config.target_accept_prob,
             config.max_tree_depth,
             advance,
-            regular,
+            uneven < _REGULAR,
         )
         warmup.num_draws += reserve
     warmup.step_size = float(np.exp(log_step))
@@ -153,11 +158,9 @@ def _agree(draws: Draws) -> bool:
 
 def _refit(warmup: Warmup, recent: list[Draws], config: HMCConfig) -> bool:
     """Refits the metric; returns whether it was already as good as it gets."""
-    newest = recent[-1]
-    positions = np.concatenate([d.positions for d in recent], 1)
-    gradients = np.concatenate([d.gradients for d in recent], 1)
-    num_chains, _, dim = positions.shape
-    choice = choose_metric(positions, gradients, warmup.metric, config.dense_mass)
+    newest, together = recent[-1], joined(recent)
+    num_chains, _, dim = together.positions.shape
+    choice = choose_metric(together.positions, together.gradients, warmup.metric, config.dense_mass)
     warmup.history[-1] |= {
         "cost": choice.current_cost,
         "refitted": choice.cost,
