@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -83,6 +83,9 @@ class Posterior(eqx.Module):
 
     def __contains__(self, address: str) -> bool:
         return address in self.draws
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
     def keys(self) -> list[str]:
         """The addresses there are draws of, in the order of the model."""

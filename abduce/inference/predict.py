@@ -15,7 +15,6 @@ from abduce.errors import InvalidValue
 from abduce.inference.problem import Problem
 from abduce.ppl.masked import Masked
 from abduce.ppl.operations import (
-    execute,
     outside_scopes,
     prepare_given,
     run_program,
@@ -58,6 +57,7 @@ def predict(
 ) -> dict[str, Any]:
     """See `Posterior.predict`."""
     key = typed_key(key, "post.predict")
+    shape = (post.num_chains, post.num_draws)
     model, args, kwargs = _model_of(
         post, model, "post.predict",
         "Pass the model and its arguments: post.predict(key, *args, model=m).",
@@ -96,7 +96,6 @@ def predict(
             f'a given value. Choose latents to draw anew with redraw="...".'
         )
     replay = Replay(record=frozenset({"value"}), score=False, predictive=True)
-    shape = (post.num_chains, post.num_draws)
     out = run_at_draws(
         replay, wanted, ("value",), program, arguments, key, fixed, kept, shape, batch_size
     )["value"]
@@ -151,13 +150,28 @@ def observations(post: Any) -> dict[str, tuple[Any, Any]]:
         return data
     model, args, kwargs = post.arguments.unpack()
     program, arguments = stage_operation(model, args, kwargs)
-    if set(program.observed) - set(data):
-        replay = Replay(record=frozenset({"value", "mask"}), score=False, fill=True)
-        records = execute(replay, arguments, None, {})["records"]
-        for address in program.observed:
-            if address not in data:
-                data[address] = records[address]["value"], records[address].get("mask")
+    inside = tuple(a for a in program.observed if a not in data)
+    if inside:
+        fixed, kept = _everything(post, 1)
+        replay = Replay(record=frozenset({"value", "mask"}), score=False)
+        out = run_at_draws(
+            replay, inside, ("value", "mask"), program, arguments, None, fixed, kept, (1, 1), None
+        )
+        for address in inside:
+            mask = out["mask"].get(address)
+            data[address] = out["value"][address][0, 0], None if mask is None else mask[0, 0]
     return {a: data[a] for a in program.sites if a in data}
+
+
+def _everything(post: Any, num: int | None = None) -> tuple[dict[str, Given], dict[str, Given]]:
+    """A value for every choice: data, and the draws (of chains and draws the first `num`)."""
+    fixed = {a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws}
+    kept = {
+        a: Given(jnp.asarray(x[:num, :num]), trusted=True)
+        for a, x in post.draws.items()
+        if a not in post.deterministic
+    }
+    return fixed, kept
 
 
 def with_gaps(values: Any, mask: Any) -> np.ndarray:
@@ -176,12 +190,7 @@ def log_likelihood(post: Any, *, batch_size: int | None) -> dict[str, Any]:
     )
     program, arguments = stage_operation(model, args, kwargs)
     data = observations(post)
-    fixed = {a: Given(jnp.asarray(v)) for a, v in post.given.items() if a not in post.draws}
-    kept = {
-        a: Given(jnp.asarray(x), trusted=True)
-        for a, x in post.draws.items()
-        if a not in post.deterministic
-    }
+    fixed, kept = _everything(post)
     replay = Replay(record=frozenset({"score"}))
     shape = (post.num_chains, post.num_draws)
     scores = run_at_draws(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import BernoulliLogits
+from numpyro.distributions import BernoulliLogits, Normal
 
 __all__ = ["log_prob"]
+
+_HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 
 def _bernoulli_logits(d: BernoulliLogits, x: Any) -> Any:
@@ -22,8 +25,13 @@ def _bernoulli_logits(d: BernoulliLogits, x: Any) -> Any:
     return -jax.nn.softplus((1 - 2 * jnp.asarray(x, d.logits.dtype)) * d.logits)
 
 
+def _normal(d: Normal, x: Any) -> Any:
+    """The constant stands outside the logarithm: one multiplication less per element."""
+    return -0.5 * jnp.square((x - d.loc) / d.scale) - jnp.log(d.scale) - _HALF_LOG_2_PI
+
+
 _FASTER: MappingProxyType[type, Callable[[Any, Any], Any]] = MappingProxyType(
-    {BernoulliLogits: _bernoulli_logits}
+    {BernoulliLogits: _bernoulli_logits, Normal: _normal}
 )
 
 

@@ -187,18 +187,20 @@ class Replay:
                 x = jnp.where(guard, x, jax.lax.stop_gradient(x))
             out["value"] = x
             if self.score:
-                logp = _log_density(d, x, site, trusted)
+                score, inside = _score(d, x, site, ops, trusted)
+                if inside is not None:
+                    out["inside"] = inside
                 if jac is not None and self.jacobian:
                     jac = _sum_to(jac, len(site.batch_shape))
                     covered = supplied if not (supplied is True or supplied is False) else None
                     if covered is not None and hidden is not None:
                         jac = jnp.where(covered, 0.0, jac)
                     out["jacobian"] = _modified(site, ops, jac, scale=False)
-                out["score"] = _modified(site, ops, logp)
+                out["score"] = score
                 if supplied is True or supplied is False:
-                    out["supplied"] = out["score"] if supplied else None
+                    out["supplied"] = score if supplied else None
                 else:
-                    out["supplied"] = jnp.where(supplied, out["score"], 0.0)
+                    out["supplied"] = jnp.where(supplied, score, 0.0)
             if missing is not None:
                 lack = jnp.asarray(True) if mask is None else jnp.any(~mask)
                 out["missing"] = lack if guard is None else lack & guard
@@ -215,8 +217,14 @@ class Replay:
             total = jnp.sum(score)
             if "jacobian" in out:
                 total = total + jnp.sum(out["jacobian"])
-            supplied = out["supplied"]
-            acc = acc.add(total, None if supplied is None else jnp.sum(supplied))
+            supplied = None if out["supplied"] is None else jnp.sum(out["supplied"])
+            if "inside" in out:
+                # One flag for all elements: a select on each would slow the gradient by half.
+                everywhere = jnp.all(out["inside"])
+                total = jnp.where(everywhere, total, -jnp.inf)
+                supplied = None if supplied is None else jnp.where(everywhere, supplied, -jnp.inf)
+                out["score"] = jnp.where(out["inside"], out["score"], -jnp.inf)
+            acc = acc.add(total, supplied)
         record = {name: out[name] for name in sorted(self.record) if name in out}
         return [out["value"]], acc, self._guard_record(site, operands, record)
 
@@ -267,13 +275,17 @@ def _modified(site, ops, logp, *, scale=True):
     return logp if guard is None else jnp.where(guard, logp, 0.0)
 
 
-def _log_density(d, x, site, trusted):
-    logp = log_prob(d, x)
-    logp = jnp.broadcast_to(logp, site.batch_shape)
-    if trusted or not jnp.issubdtype(logp.dtype, jnp.inexact):
-        return logp
-    inside = _in_support(d, x, site)
-    return logp if inside is None else jnp.where(inside, logp, -jnp.inf)
+def _score(d, x, site, ops, trusted):
+    """Log density of an element, scaled and guarded, and whether it is in the support.
+
+    The second is None where that needs no check.
+    """
+    score = _modified(site, ops, jnp.broadcast_to(log_prob(d, x), site.batch_shape))
+    inside = None if trusted else _in_support(d, x, site)
+    guard = site.operand(ops, "guard")
+    if inside is not None and guard is not None:
+        inside = inside | ~guard
+    return score, inside
 
 
 def _in_support(d, x, site):
@@ -296,7 +308,8 @@ def log_density_of(site: Site, ops: Sequence[Any], x: Any) -> Any:
     """Log density of one element, scaled and guarded; of a factor if `x` is None."""
     if site.kind == "factor":
         return _modified(site, ops, jnp.asarray(ops[0]))
-    return _modified(site, ops, _log_density(site.build(ops), x, site, "obs" not in site.roles))
+    score, inside = _score(site.build(ops), x, site, ops, "obs" not in site.roles)
+    return score if inside is None else jnp.where(inside, score, -jnp.inf)
 
 
 def _sum_to(x, ndim):

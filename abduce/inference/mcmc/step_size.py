@@ -18,6 +18,7 @@ from .metric_choice import whiten
 __all__ = ["GRID", "initial_log_step", "tune"]
 
 GRID = np.linspace(-0.36, 0.54, 6)  # added to the log of the adapted step size
+_EVEN, _ROUGH = 0.25, 0.8  # unevenness of harmless targets, and of funnels
 _FEWEST_DRAWS = 24  # of all chains together, for a step size to be judged
 
 
@@ -44,7 +45,7 @@ def tune(
     target: float,
     max_depth: int,
     advance: Callable[..., Draws],
-    is_regular: bool,
+    unevenness: float,
 ) -> float:
     """Chooses the step size to sample with.
 
@@ -56,11 +57,11 @@ def tune(
         target: Wanted acceptance rate.
         max_depth: Largest number of doublings.
         advance: `(num_draws, metric, **options) -> Draws`.
-        is_regular: Whether the curvature is about the same everywhere. Then larger steps are tried
-            as well, and acceptance rates a little below the target are allowed (0.7 for a target
-            of 0.8, 0.925 for 0.95). Elsewhere a step that does well on average gets stuck where
-            the curvature is largest, so rates a little above the target are asked for (0.9 for 0.8), as
-            dual averaging gives them in practice.
+        unevenness: `metric_choice.nonlinearity` of the target. Where the curvature is the same
+            nearly everywhere, larger steps are tried as well, and acceptance rates a little below
+            the target are allowed (0.7 for a target of 0.8, 0.925 for 0.95). Elsewhere a step that
+            does well on average gets stuck where the curvature is largest, so rates a little
+            above the target are asked for (0.9 for 0.8), as dual averaging gives in practice.
 
     Returns:
         The log of the step size.
@@ -69,9 +70,10 @@ def tune(
     if each * chains.num_chains < _FEWEST_DRAWS:
         return log_step
     slack = min(0.1, 0.5 * (1 - target))
-    floor = target - slack if is_regular else target + slack
+    floor = target - slack if unevenness < _EVEN else target + slack
     rates, merits = [], []
-    steps = log_step + (GRID if is_regular else GRID - GRID[-1])
+    shift = 0.0 if unevenness < _EVEN else 0.5 if unevenness < _ROUGH else 1.0
+    steps = log_step + GRID - shift * GRID[-1]
     for step in steps:
         chains.restart_averages(float(step))
         before = chains.positions[:, None].copy()

@@ -29,7 +29,6 @@ _FIRST_WINDOW, _GROWTH = 12, 1.5
 _FINAL_DRAWS = 90  # to choose the step size that sampling uses
 _FIRST_DEPTH = 4  # the cap of the first window; one more in each that follows
 _GOOD_ENOUGH = 1.15  # cost of the metric in use over that of a refitted one
-_REGULAR = 0.25  # largest nonlinearity of a target with about the same curvature everywhere
 _AGREEMENT = 1.1  # largest split R-hat at which chains count as mixed during warm-up
 
 
@@ -143,7 +142,7 @@ def warm_up(
             config.target_accept_prob,
             config.max_tree_depth,
             advance,
-            uneven < _REGULAR,
+            uneven,
         )
         warmup.num_draws += reserve
     warmup.step_size = float(np.exp(log_step))
