@@ -13,7 +13,9 @@ import numpy as np
 from abduce.errors import InvalidAlgorithm, InvalidValue
 from abduce.inference.problem import Problem
 from abduce.inference.target import FlatTarget, unconstrain
-from abduce.ppl.operations import outside_scopes
+from abduce.ppl.checks import check_support
+from abduce.ppl.data import as_data
+from abduce.ppl.operations import outside_scopes, unknown_address
 from abduce.ppl.replay import Replay
 
 __all__ = ["Prior", "Uniform", "prior", "starting_points", "uniform"]
@@ -116,9 +118,6 @@ def _draw(init: Any, key: Any, problem: Problem, target: FlatTarget, data: Any, 
 def _from_choices(
     init: dict[str, Any], problem: Problem, target: FlatTarget, data: Any, num_chains: int
 ) -> np.ndarray:
-    from abduce.ppl.data import as_data
-    from abduce.ppl.operations import unknown_address
-
     values = {a: np.asarray(as_data(v)) for a, v in init.items()}
     chains = {}
     for address, value in values.items():
@@ -134,6 +133,8 @@ def _from_choices(
                 f'init["{address}"] has shape {value.shape}, expected {info.shape}, or '
                 f"{(num_chains, *info.shape)} with a value per chain."
             )
+        if problem.given.get(address) is None:  # else only hidden entries count
+            check_support(info.site.spec, value, None, f'init["{address}"]')
     return np.stack(
         [
             np.asarray(unconstrain(target, data, problem, {a: v[i] for a, v in chains.items()}))

@@ -102,8 +102,12 @@ class FlatTarget:
     def _given(self, slot: Slot, data: Any, q: Any, observed: Given | None) -> Given:
         u = q[slot.start : slot.stop]
         if slot.hidden is None:
-            reference = None if observed is None else observed.reference
-            return Given(u.reshape(slot.shape), reference=reference, unconstrained=True)
+            return Given(
+                u.reshape(slot.shape),
+                reference=None if observed is None else observed.reference,
+                centering=data["centering"].get(slot.address),
+                unconstrained=True,
+            )
         n = math.prod(slot.shape[: slot.batch_ndim])
         width = math.prod(slot.shape[slot.batch_ndim :])
         full = jnp.zeros((n, width), q.dtype)
@@ -175,7 +179,12 @@ def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]
     for address, index in hidden.items():
         if not len(index):  # nothing is hidden after all
             given[address] = dataclasses.replace(given[address], mask=None)
-    data = {"dynamic": problem.arguments.dynamic, "given": given, "hidden": hidden}
+    data = {
+        "dynamic": problem.arguments.dynamic,
+        "given": given,
+        "hidden": hidden,
+        "centering": {},
+    }
     return FlatTarget(problem.arguments.static, tuple(slots), start), data
 
 
@@ -193,6 +202,17 @@ def large_sites(problem: Problem) -> tuple[str, ...]:
         and not s.conditional  # a constant must be subtracted always or never
         and math.prod(s.shape[: s.batch_ndim]) >= _LARGE_SITE
     )
+
+
+def zero_reference(problem: Problem, sites: tuple[str, ...], data: Any) -> Any:
+    """Data with the structure that `with_reference` gives, and no reference yet."""
+    given = dict(data["given"])
+    for address in sites:
+        info = problem.program.sites[address]
+        sizes = (*_scan_lengths(info), *info.site.axis_sizes, *info.site.batch_shape)
+        zeros = jnp.zeros(sizes, jnp.result_type(float))
+        given[address] = dataclasses.replace(given.get(address, Given()), reference=zeros)
+    return {**data, "given": given}
 
 
 def with_reference(
@@ -270,7 +290,8 @@ def constrain(
     for slot in target.slots:
         info = program.sites[slot.address]
         support = None if info.site.coords is not None else info.site.spec.support
-        if support is None or slot.hidden is not None or info.conditional:
+        moved = slot.hidden is not None or slot.address in data["centering"]
+        if support is None or moved or info.conditional:
             rest.append(slot.address)
         else:
             simple[slot.address] = (slot, info, support)
@@ -359,12 +380,30 @@ def unconstrain(target: FlatTarget, data: Any, problem: Problem, choices: dict[s
     return _unconstrain(target, data, given)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Coordinates(Replay):
+    """Records the coordinates of some sites; others, such as counts observed, may have none."""
+
+    addresses: frozenset[str] = frozenset()
+
+    def site(self, site, operands, given, key, acc):
+        if site.address in self.addresses:
+            return super().site(site, operands, given, key, acc)
+        plain = Replay(record=frozenset(), score=False)
+        return plain.site(site, operands, given, key, acc)
+
+
 def _unconstrain_now(target, data, given):
     with outside_scopes():
         arguments = Arguments(target.static, data["dynamic"])
         program = stage_packed(arguments)
+        centering = data["centering"]
+        given = {a: dataclasses.replace(g, centering=centering.get(a)) for a, g in given.items()}
         inputs = {**data["given"], **given}
-        replay = Replay(record=frozenset({"unconstrained"}), score=False)
+        replay = _Coordinates(
+            frozenset({"unconstrained"}), score=False,
+            addresses=frozenset(s.address for s in target.slots),
+        )  # fmt: skip
         out = run_program(replay, program, arguments, None, inputs, physical=True)
     parts = []
     for slot in target.slots:

@@ -147,6 +147,7 @@ def to_physical(info: SiteInfo, g: Given) -> Given:
         move(g.mask),
         move(g.hidden),
         move(g.reference),
+        move(g.centering),
         g.unconstrained,
         g.trusted,
         g.shared,

@@ -40,6 +40,8 @@ class Given(eqx.Module):
         hidden: Unconstrained coordinates of the entries that the mask hides, or None.
         reference: Subtracted from the scores, element by element, before they are summed: a sum of
             small differences keeps the digits that a large sum loses in float32.
+        centering: Degree of centring of each number of a location-scale site; see
+            `abduce.inference.centering`.
         unconstrained: `value` holds coordinates (then mask is None).
         trusted: Known to lie in the support, so that no check is compiled.
         shared: Not sliced by scans (parameters).
@@ -49,6 +51,7 @@ class Given(eqx.Module):
     mask: Any = None
     hidden: Any = None
     reference: Any = None
+    centering: Any = None
     unconstrained: bool = eqx.field(default=False, static=True)
     trusted: bool = eqx.field(default=False, static=True)
     shared: bool = eqx.field(default=False, static=True)
@@ -81,7 +84,8 @@ class Replay:
 
     Attributes:
         record: What to record per site, among 'value', 'score', 'unconstrained', 'missing',
-            'support'. 'missing' (scalar bool) says that an active entry had no value though none
+            'location', 'log_scale' (of sites with a degree of centring). 'missing' (scalar bool)
+            says that an active entry had no value though none
             may be drawn.
         score: Whether densities are wanted at all (a draw from the prior needs none).
         fill: Entries without a value that may not be drawn get this stand-in instead of an error:
@@ -142,14 +146,15 @@ class Replay:
         value = given.value if given is not None else None
         mask = given.mask if given is not None else None
         hidden = given.hidden if given is not None else None
+        centering = given.centering if given is not None else None
 
-        def element(ops, k, value, mask, hidden):
+        def element(ops, k, value, mask, hidden, centering):
             d = site.build(ops)
             guard = site.operand(ops, "guard")
             bij: Any = None
             jac = None
             if hidden is not None or (value is not None and given.unconstrained):
-                bij = bijection(d, site)
+                bij = bijection(d, site, centering)
 
             def constrain(u):
                 x = bij(u)
@@ -205,11 +210,14 @@ class Replay:
                 lack = jnp.asarray(True) if mask is None else jnp.any(~mask)
                 out["missing"] = lack if guard is None else lack & guard
             if "unconstrained" in self.record:
-                b = bijection(d, site)
+                b = bijection(d, site, centering)
                 out["unconstrained"] = b._inverse(x)
+            if centering is not None and "location" in self.record:
+                b = bijection(d, site, centering)
+                out["location"], out["log_scale"] = b.loc, b.log_scale
             return out
 
-        out = elementwise(site, element, operands, keys, value, mask, hidden)
+        out = elementwise(site, element, operands, keys, value, mask, hidden, centering)
         if self.score:
             score = out["score"]
             if given is not None and given.reference is not None:

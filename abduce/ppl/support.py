@@ -12,24 +12,53 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions import transforms as T
 
 from abduce.errors import InvalidModel
+from abduce.ppl.site import unwrapped
 
-__all__ = ["bijection", "support_bijection", "unconstrained_shape"]
+__all__ = ["PartlyCentered", "bijection", "support_bijection", "unconstrained_shape"]
 
 
-def bijection(d: Any, site: Any) -> T.Transform:
+class PartlyCentered:
+    """`x = loc + scale**(1 - c) * (u - c * loc)`: centred at `c = 1`, non-centred at `c = 0`.
+
+    Args:
+        d: A location-scale distribution.
+        c: Degree of centring of each number, the shape of a value.
+    """
+
+    def __init__(self, d: Any, c: Any):
+        inner = unwrapped(d)
+        self.loc = jnp.broadcast_to(inner.loc, c.shape)
+        self.log_scale = jnp.broadcast_to(jnp.log(inner.scale), c.shape)
+        self.c = c
+
+    def __call__(self, u: Any) -> Any:
+        return self.loc + jnp.exp((1 - self.c) * self.log_scale) * (u - self.c * self.loc)
+
+    def _inverse(self, x: Any) -> Any:
+        return self.c * self.loc + jnp.exp((self.c - 1) * self.log_scale) * (x - self.loc)
+
+    def log_abs_det_jacobian(self, u: Any, x: Any) -> Any:
+        return (1 - self.c) * self.log_scale
+
+
+def bijection(d: Any, site: Any, centering: Any = None) -> Any:
     """The map from unconstrained coordinates to the values of one element.
 
     Args:
         d: The element's distribution.
         site: Its site.
+        centering: Degree of centring of a location-scale family, or None.
 
     Raises:
         InvalidModel: No bijection is known for the support.
     """
+    if centering is not None:
+        return PartlyCentered(d, centering)
     if site.coords is not None:
         return site.coords.bijection(d, site)
     return support_bijection(d, site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,12 +10,20 @@ import numpy as np
 
 from abduce.errors import InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm
+from abduce.inference.centering import Centering, hierarchical_sites
 from abduce.inference.init import starting_points
 from abduce.inference.mcmc.engine import run
 from abduce.inference.mcmc.settings import HMCConfig
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
-from abduce.inference.target import constrain, make_target
+from abduce.inference.target import (
+    FlatTarget,
+    constrain,
+    large_sites,
+    make_target,
+    with_reference,
+    zero_reference,
+)
 
 __all__ = ["hmc", "nuts"]
 
@@ -41,6 +50,9 @@ class nuts(Algorithm):
         step_size: Initial step size; None finds one.
         adapt_step_size: Whether to adapt the step size.
         adapt_mass_matrix: Whether to adapt the metric.
+        adapt_coordinates: Whether hierarchical location-scale sites choose by themselves how far
+            they are centred (`abduce.inference.centering`). Draws, addresses and densities are the
+            same; funnels need no `ab.reparam`.
         init: Starting points: a choice map (a chain axis allowed), a Model, a Posterior,
             `ab.init.uniform(2.)` or `ab.init.prior()`. None: uniform in (-2, 2) on the
             unconstrained scale.
@@ -65,6 +77,7 @@ class nuts(Algorithm):
     step_size: float | None = None
     adapt_step_size: bool = True
     adapt_mass_matrix: bool = True
+    adapt_coordinates: bool = True
     init: Any = None
     chain_method: str = "auto"
     progress_bar: bool = True
@@ -88,7 +101,8 @@ class hmc(Algorithm):
         num_steps: Leapfrog steps per draw; give this or `trajectory_length`.
         trajectory_length: Step size times number of steps, on the whitened scale.
         num_warmup, num_samples, num_chains, thinning, target_accept_prob, dense_mass, step_size,
-            adapt_step_size, adapt_mass_matrix, init, chain_method, progress_bar: As in `ab.nuts`.
+            adapt_step_size, adapt_mass_matrix, adapt_coordinates, init, chain_method,
+            progress_bar: As in `ab.nuts`.
     """
 
     num_steps: int | None = None
@@ -102,6 +116,7 @@ class hmc(Algorithm):
     step_size: float | None = None
     adapt_step_size: bool = True
     adapt_mass_matrix: bool = True
+    adapt_coordinates: bool = True
     init: Any = None
     chain_method: str = "auto"
     progress_bar: bool = True
@@ -141,11 +156,19 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
             f"ab.importance can be mapped."
         )
     target, data = make_target(problem, name)
+    moving = _Moving(alg, problem, target, data)
+    data = moving.data
     propose, describe = starting_points(alg.init, problem, target, data, alg.num_chains, name)
-    result = run(target, data, key, alg.config(), propose, describe_failure=describe)
+    result = run(
+        target, data, key, alg.config(), propose, describe_failure=describe,
+        adapt_target=moving.adapt if moving.is_needed else None,
+    )  # fmt: skip
+    data = moving.data
     chains, n, dim = result.positions.shape
     flat = constrain(target, data, problem.program, result.positions.reshape(-1, dim))
     draws, active = jax.tree.map(lambda x: x.reshape((chains, n, *x.shape[1:])), flat)
+    result.stats["lp"] = result.stats["lp"] + moving.constant
+    result.stats["energy"] = result.stats["energy"] - moving.constant
     diagnostics = {
         **result.stats,
         "num_gradients_warmup": int(result.num_gradients_warmup),
@@ -157,3 +180,39 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
         problem, draws, algorithm=alg.name, diagnostics=diagnostics, messages=result.warnings,
         active=active,
     )  # fmt: skip
+
+
+class _Moving:
+    """What of the density adapts during the warm-up: coordinates, and the float32 reference."""
+
+    def __init__(self, alg: Any, problem: Problem, target: FlatTarget, data: Any):
+        self.target, self.constant = target, 0.0
+        self.large = large_sites(problem)
+        adapts = alg.adapt_coordinates and alg.num_warmup > 0
+        sites = hierarchical_sites(problem, target) if adapts else ()
+        self.centering = Centering(target, sites) if sites else None
+        self.data = zero_reference(problem, self.large, data) if self.large else data
+        if self.centering is not None:
+            self.data = self.centering.start(self.data)
+
+    @property
+    def is_needed(self) -> bool:
+        return self.centering is not None or bool(self.large)
+
+    def adapt(self, positions: np.ndarray) -> Any:
+        """From draws to new data and the map of points into its coordinates, or None."""
+        move = None
+        middle = positions[-1:]
+        if self.centering is not None:
+            chosen = self.centering.choose(self.data, positions)
+            if chosen is not None:
+                move = functools.partial(self.centering.move, self.data, chosen)
+                middle = move(middle)
+                self.data = self.centering.replaced(self.data, chosen)
+        if self.large:
+            self.data, self.constant = with_reference(
+                self.target, self.large, self.data, middle[0]
+            )
+        elif move is None:
+            return None
+        return self.data, move

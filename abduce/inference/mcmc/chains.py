@@ -98,6 +98,11 @@ class Chains:
         """Gives all chains a step size, and a fresh adaptation of it."""
         self.averages = np.stack([fresh_average(log_step, self.dtype, **options)] * self.num_chains)
 
+    def change_data(self, data: Any, positions: np.ndarray) -> None:
+        """Changes the density; `evaluate` must follow."""
+        self._data = jax.device_put(data)
+        self.positions = np.array(positions, self.dtype)
+
     def close(self) -> None:
         """Ends the threads."""
         if self._threads:

@@ -19,7 +19,7 @@ from .pacing import Pacer
 from .report import warnings_of
 from .settings import HMCConfig, HMCRun
 from .trajectory import run_nuts
-from .warmup import warm_up
+from .warmup import AdaptTarget, warm_up
 
 __all__ = ["run"]
 
@@ -36,6 +36,7 @@ def run(
     propose_initial: Callable[[jax.Array, int], np.ndarray],
     *,
     describe_failure: Callable[[np.ndarray], str] | None = None,
+    adapt_target: AdaptTarget | None = None,
 ) -> HMCRun:
     """Draws from a density.
 
@@ -47,6 +48,7 @@ def run(
         config: The settings.
         propose_initial: `(key, attempt) -> (num_chains, dim)` candidate starting points.
         describe_failure: Says why a point has no finite log density.
+        adapt_target: Lets the density adapt to the draws of the warm-up; see `warm_up`.
 
     Returns:
         The draws and their statistics.
@@ -86,7 +88,9 @@ def run(
         pacer = Pacer(chains, config)
         try:
             with _single_blas_thread(dim):
-                warmup = warm_up(chains, config, rank, pacer.advance, starts.replace)
+                warmup = warm_up(
+                    chains, config, rank, pacer.advance, starts.replace, adapt_target
+                )
             chains.restart_averages(float(np.log(warmup.step_size)))
             pacer.start_sampling(warmup.num_draws)
             draws = pacer.advance(

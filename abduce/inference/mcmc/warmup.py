@@ -11,6 +11,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,17 @@ from .settings import HMCConfig
 from .start import approach, rescue
 from .step_size import initial_log_step, tune
 
-__all__ = ["Warmup", "warm_up"]
+__all__ = ["AdaptTarget", "Warmup", "warm_up"]
+
+AdaptTarget = Callable[
+    [np.ndarray], tuple[Any, Callable[[np.ndarray], np.ndarray] | None] | None
+]
 
 _FIRST_WINDOW, _GROWTH = 12, 1.5
 _FINAL_DRAWS = 90  # to choose the step size that sampling uses
 _FIRST_DEPTH = 4  # the cap of the first window; one more in each that follows
 _GOOD_ENOUGH = 1.15  # cost of the metric in use over that of a refitted one
+_TARGET_WINDOWS = (1, 3)  # after these the density may adapt to the draws
 _AGREEMENT = 1.1  # largest split R-hat at which chains count as mixed during warm-up
 
 
@@ -63,6 +69,7 @@ def warm_up(
     rank: int,
     advance: Callable[..., Draws],
     propose: Callable[[list[int]], None],
+    adapt_target: AdaptTarget | None = None,
 ) -> Warmup:
     """Adapts step size and metric.
 
@@ -73,6 +80,8 @@ def warm_up(
         advance: `(num_draws, metric, **options) -> Draws`, which splits long windows into calls
             and reports progress.
         propose: Replaces the positions of the listed chains by new, finite starting points.
+        adapt_target: From draws `(num_draws, dim)` to new data for the density and, if its
+            coordinates change, the map of points into the new ones; None leaves it as it is.
 
     Returns:
         The result, also when `config.num_warmup` is 0 (an initial step size, unit metric).
@@ -124,6 +133,12 @@ def warm_up(
         )
         moved = rescue(chains, draws, warmup.metric)
         warmup.num_rescued += moved
+        if adapt_target is not None and index in _TARGET_WINDOWS:
+            metric = _adapt_target(chains, draws, warmup.metric, adapt_target, rank, config)
+            if metric is not None:  # gradients in the old coordinates are of no use
+                warmup.metric, warmup.metric_kind, recent = metric, "diagonal", []
+                size, index = int(size * _GROWTH), index + 1
+                continue
         recent = [*recent[-1:], draws]
         if config.adapt_mass_matrix:
             warmup.settled = _refit(warmup, recent if index > 2 else [draws], config)
@@ -148,6 +163,33 @@ def warm_up(
     warmup.step_size = float(np.exp(log_step))
     warmup.num_gradients = chains.num_gradients
     return warmup
+
+
+def _adapt_target(
+    chains: Chains,
+    draws: Draws,
+    metric: LinearMap,
+    adapt_target: AdaptTarget,
+    rank: int,
+    config: HMCConfig,
+) -> LinearMap | None:
+    """Lets the density adapt; returns a new metric if its coordinates changed."""
+    changed = adapt_target(draws.positions.reshape(-1, chains.dim))
+    if changed is None:
+        return None
+    data, move = changed
+    if move is None:
+        chains.change_data(data, chains.positions)
+        chains.evaluate(metric)
+        return None
+    chains.change_data(data, move(chains.positions))
+    if config.adapt_mass_matrix:
+        moved = move(draws.positions.reshape(-1, chains.dim)).reshape(draws.positions.shape)
+        spread = np.median(moved.std(1), 0)  # of each chain about its own mean
+        usable = np.isfinite(spread) & (spread > 0)
+        metric = diagonal_map(np.where(usable, spread, 1.0), rank)
+    chains.evaluate(metric)
+    return metric
 
 
 def _agree(draws: Draws) -> bool:
