@@ -8,6 +8,7 @@ import abduce as ab
 from abduce.demo import compare
 from abduce.demo.report import Report
 from abduce.inference import plots
+from abduce.inference.diagnostics import ess_bulk
 from abduce.models import classics, data
 
 __all__ = ["infer"]
@@ -22,6 +23,7 @@ def infer(report: Report, key: jax.Array, draws: int) -> None:
         draws: Draws of each chain.
     """
     centred_key, cured_key, swap_key, predict_key = jax.random.split(key, 4)
+    default_key = jax.random.fold_in(key, 4)
     schools = data.eight_schools()
     question = {"given": {"y": schools.effect}, "coords": {"school": list(schools.school)}}
     nuts = ab.nuts(num_warmup=draws, num_samples=draws, progress_bar=False)
@@ -38,9 +40,10 @@ def infer(report: Report, key: jax.Array, draws: int) -> None:
     report.step("The model: an ordinary function, mapped over schools with jax.vmap.")
     report.code(classics.eight_schools)
 
-    report.step("Its posterior by NUTS. This way to write the model is known to be hard.")
+    report.step("Its posterior by NUTS in the coordinates as written, which are known to be hard.")
+    report.say("ab.nuts(adapt_coordinates=False)(model)")
     with report.warnings():
-        centred = nuts(classics.eight_schools).posterior(
+        centred = nuts.replace(adapt_coordinates=False)(classics.eight_schools).posterior(
             centred_key, schools.standard_error, **question
         )
     report.figure(
@@ -72,6 +75,18 @@ def infer(report: Report, key: jax.Array, draws: int) -> None:
         "schools-effects",
         "each school's effect is pulled from what it observed (cross) towards the others'.",
     )
+
+    report.step("By default NUTS finds such coordinates itself, while it warms up.")
+    report.say("ab.nuts()(model)")
+    with report.warnings() as texts:
+        default = nuts(classics.eight_schools).posterior(
+            default_key, schools.standard_error, **question
+        )
+    if not texts:
+        report.say("No warnings, with the model as it was first written.")
+    for name, post in {"as written": centred, "by hand": cured, "by default": default}.items():
+        ess = ess_bulk(np.log(post["tau"]))
+        report.say(f"effective draws of log tau, {name}: {float(ess):.0f}")
 
     report.step("The same model with the decorator swapped.")
     algorithms = {

@@ -109,13 +109,18 @@ def _arviz_major() -> int:
     return int(version.split(".")[0])
 
 
-def _attributes(extra: Mapping[str, object]) -> dict[str, object]:
-    import abduce
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("abduce")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
 
+
+def _attributes(extra: Mapping[str, object]) -> dict[str, object]:
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
         "inference_library": "abduce",
-        "inference_library_version": getattr(abduce, "__version__", "unknown"),
+        "inference_library_version": _installed_version(),
         **extra,
     }
 

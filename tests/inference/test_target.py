@@ -30,6 +30,15 @@ KEY = jax.random.key(3)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Many tiny programs run once each: XLA's costly passes do not pay for themselves."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @dataclasses.dataclass
 class Case:
     """A model with data.

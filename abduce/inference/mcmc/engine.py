@@ -88,9 +88,7 @@ def run(
         pacer = Pacer(chains, config)
         try:
             with _single_blas_thread(dim):
-                warmup = warm_up(
-                    chains, config, rank, pacer.advance, starts.replace, adapt_target
-                )
+                warmup = warm_up(chains, config, rank, pacer.advance, starts.replace, adapt_target)
             chains.restart_averages(float(np.log(warmup.step_size)))
             pacer.start_sampling(warmup.num_draws)
             draws = pacer.advance(

@@ -19,7 +19,9 @@ class HMCConfig:
         num_samples: Draws per chain after the warm-up; `num_samples // thinning` are kept.
         num_chains: Chains.
         thinning: Keep each n-th draw.
-        target_accept_prob: Mean acceptance rate that the step size is adapted to.
+        target_accept_prob: Mean acceptance rate that the step size is adapted to. The one kept
+            is the most efficient one near it; its rate may be 0.1 higher or, where the curvature is
+            even, lower.
         max_tree_depth: Most doublings of a NUTS trajectory (`2**max_tree_depth - 1` steps).
         dense_mass: None lets the warm-up choose; False a diagonal, True a dense metric.
         step_size: Initial step size, in whitened coordinates; None searches one.

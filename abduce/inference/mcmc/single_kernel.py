@@ -3,10 +3,10 @@
 XLA's CPU runtime launches one kernel per fusion, about 50 ns each, and compiles each of them on its
 own. A step of a sampler is some sixty tiny operations, so launching dominates it. XLA can emit a
 called computation as a single kernel, control flow included (it does so for small loops); two
-frontend attributes ask for it. Measured on the NUTS turn at dimension 10: from 1.6 us to
-0.4 to 0.9 us a step, and half the compile time. A version of XLA that does not know the attributes ignores them;
-but one that knows them and emits something else could abort the process, so newer versions of JAX
-than the tested ones launch kernel by kernel.
+frontend attributes ask for it. Measured on the NUTS turn at dimension 10: from 1.6 us to 0.4-0.9 us
+a step, and half the compile time. A version of XLA that does not know the attributes
+ignores them; but one that knows them and emits something else could abort the process, so versions
+of JAX newer than the tested ones launch kernel by kernel.
 """
 
 from collections.abc import Callable

@@ -26,9 +26,7 @@ from .step_size import initial_log_step, tune
 
 __all__ = ["AdaptTarget", "Warmup", "warm_up"]
 
-AdaptTarget = Callable[
-    [np.ndarray], tuple[Any, Callable[[np.ndarray], np.ndarray] | None] | None
-]
+AdaptTarget = Callable[[np.ndarray], tuple[Any, Callable[[np.ndarray], np.ndarray] | None] | None]
 
 _FIRST_WINDOW, _GROWTH = 12, 1.5
 _FINAL_DRAWS = 90  # to choose the step size that sampling uses

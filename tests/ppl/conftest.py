@@ -1,0 +1,24 @@
+"""Tests of the language run in x64; what concerns float32 switches back locally."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def double_precision():
+    """Gives every module of this folder double precision, and takes it back afterwards."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Hundreds of tiny programs run once each, so XLA's costly passes do not pay for themselves.
+
+    The passes change neither the staged program nor the interpreter, which are what is tested
+    here; tests of the algorithms run with all of them.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
