@@ -176,10 +176,34 @@ def _run(alg: Any, problem: Problem, key: Any) -> Posterior:
         "step_size_final": float(result.step_size),
         "metric": result.metric_kind,
     }
+    messages = [*_runaways(target, result.positions, draws, name), *result.warnings]
     return make_posterior(
-        problem, draws, algorithm=alg.name, diagnostics=diagnostics, messages=result.warnings,
+        problem, draws, algorithm=alg.name, diagnostics=diagnostics, messages=messages,
         active=active,
     )  # fmt: skip
+
+
+_FAR = 1e17  # on the unconstrained scale; no sensible prior reaches there
+
+
+def _runaways(
+    target: FlatTarget, positions: np.ndarray, draws: dict[str, Any], name: str
+) -> list[str]:
+    """Draws that go to infinity: the posterior does not integrate."""
+    found = [
+        repr(s.address)
+        for s in target.slots
+        if not np.max(np.abs(positions[..., s.start : s.stop])) < _FAR
+        or np.isinf(draws[s.address]).any()
+    ]
+    if not found:
+        return []
+    return [
+        f"{name}: the draws of {', '.join(found)} run away without bound: the posterior looks "
+        f"improper (it does not integrate to a finite number), and these draws mean nothing. Give "
+        f"{'it' if len(found) == 1 else 'them'} a proper prior, or add data that identify "
+        f"{'it' if len(found) == 1 else 'them'}."
+    ]
 
 
 class _Moving:

@@ -87,7 +87,7 @@ def run(
         starts.settle(list(range(config.num_chains)))
         pacer = Pacer(chains, config)
         try:
-            with _single_blas_thread(dim):
+            with _single_blas_thread(dim), np.errstate(all="ignore"):
                 warmup = warm_up(chains, config, rank, pacer.advance, starts.replace, adapt_target)
             chains.restart_averages(float(np.log(warmup.step_size)))
             pacer.start_sampling(warmup.num_draws)

@@ -107,6 +107,8 @@ def nonlinearity(metric: LinearMap, positions: np.ndarray, gradients: np.ndarray
         return 1.0
     z = whiten(metric, x - x.mean(0))
     g = g - g.mean(0)
+    if not (np.isfinite(z).all() and np.isfinite(g).all()):  # draws that run to infinity
+        return 1.0
     residual = g - z @ np.linalg.lstsq(z, g, rcond=None)[0]
     unexplained = np.sum(residual**2, 0) / (len(x) - dim - 1)
     variance = np.sum(g**2, 0) / (len(x) - 1)

@@ -124,9 +124,10 @@ def _is_traced(tree: Any) -> bool:
 
 
 def _messages(stats: dict[str, Any]) -> list[str]:
-    rate = np.asarray(stats["acceptance_rate"]).mean(1)
+    rates = np.asarray(stats["acceptance_rate"])
+    rate = rates.mean(1)
     messages = []
-    stuck = np.flatnonzero(rate < 0.005)
+    stuck = np.flatnonzero(rate < 0.005) if rates.shape[1] >= 50 else []
     if len(stuck):
         messages.append(
             f"ab.mh: chains {stuck.tolist()} accepted {rate[stuck].max():.1%} of the proposals and "
