@@ -11,7 +11,7 @@ import numpy as np
 from abduce.errors import Degenerate, InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.posterior import Posterior, make_posterior
-from abduce.inference.problem import Problem
+from abduce.inference.problem import Problem, lost_sites
 from abduce.inference.psis import khat_threshold, psis, weights_ess
 from abduce.ppl.masked import Masked
 
@@ -56,7 +56,7 @@ class importance(Algorithm):
             a: g.value if g.mask is None else Masked(g.value, g.mask)
             for a, g in problem.given.items()
         }
-        draws, active, log_weights = _draw(
+        draws, active, log_weights, lost = _draw(
             self.num_samples, problem.model, proposal, given, problem.arguments, key
         )
         values = {a: draws[a][None] for a in problem.program.sites if a in draws}
@@ -67,17 +67,18 @@ class importance(Algorithm):
                 log_evidence=jax.nn.logsumexp(log_weights) - jnp.log(self.num_samples),
                 active=active,
             )  # fmt: skip
-        return self._checked(problem, values, active, np.asarray(log_weights, np.float64))
-
-    def _checked(self, problem, values, active, log_weights):
-        bad = np.isnan(log_weights) | (log_weights == np.inf)
+        log_weights = np.asarray(log_weights, np.float64)
         if not np.isfinite(log_weights).any():
             raise Degenerate(
                 f"ab.importance: all {self.num_samples} draws have weight zero"
-                f"{' or NaN' if bad.any() else ''}: no draw is compatible with the data. Use a "
-                f"proposal nearer to the posterior (proposal=), or another algorithm, such as "
-                f"ab.nuts."
+                f"{' or NaN' if np.isnan(log_weights).any() else ''}: {problem.culprit(lost)}. "
+                f"Correct the data, use a proposal nearer to the posterior (proposal=), or another "
+                f"algorithm, such as ab.nuts."
             )
+        return self._checked(problem, values, active, log_weights)
+
+    def _checked(self, problem, values, active, log_weights):
+        bad = np.isnan(log_weights) | (log_weights == np.inf)
         messages = []
         if bad.any():
             log_weights = np.where(bad, -np.inf, log_weights)
@@ -128,7 +129,8 @@ def _draw_now(n, model, proposal, given, arguments, key):
         trace, log_weight = model.generate(key, given, *args, proposal=proposal, **kwargs)
         latents = {a: x for a, x in trace.choices.items() if not _wholly_given(given, a)}
         values = {**latents, **trace.deterministics}
-        return values, {a: x for a, x in trace.active.items() if a in values}, log_weight
+        active = {a: x for a, x in trace.active.items() if a in values}
+        return values, active, log_weight, lost_sites(trace)
 
     # One key per draw by its number: a larger run begins with the same draws.
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n, dtype=jnp.uint32))

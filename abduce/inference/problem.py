@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from abduce.errors import DiscreteLatent, InvalidAlgorithm, InvalidValue, suggest
@@ -18,7 +19,7 @@ from abduce.ppl.operations import prepare_given, require_density
 from abduce.ppl.program import Arguments, Program, SiteInfo
 from abduce.ppl.replay import Given
 
-__all__ = ["Problem", "make_problem"]
+__all__ = ["Problem", "lost_sites", "make_problem"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,11 +85,33 @@ class Problem:
             InvalidAlgorithm: Every site is observed, or there is none.
         """
         if not self.latents:
-            what = "has no sites" if not self.program.sites else "has no latent site left"
+            what, remedy = "has no sites", 'Add ab.sample("theta", ...)'
+            if self.program.of_kind("sample"):
+                what, remedy = "has no latent site left", "Observe fewer of its sites"
             raise InvalidAlgorithm(
-                f"{name}: `{self.program.name}` {what}, so there is nothing to infer. Add "
-                f'ab.sample("theta", ...), or score it with m.log_density(choices, ...).'
+                f"{name}: `{self.program.name}` {what}, so there is nothing to infer. {remedy}, or "
+                f"score it with m.log_density(choices, ...)."
             )
+
+    def culprit(self, lost: Mapping[str, Any]) -> str:
+        """Names the site to blame where no draw has a density.
+
+        Args:
+            lost: By address, in which draws the site's log density is not finite.
+        """
+        counts = {a: int(np.sum(lost[a])) for a in self.program.sites if a in lost}
+        address = max(counts, key=lambda a: counts[a])  # the first of equals
+        info = self.program.sites[address]
+        what = "observed site" if info.observed or address in self.given else "site"
+        return (
+            f"the log density of {what} {address!r} ({info.family}, {info.site.where}) is -inf or "
+            f"NaN in {counts[address]} of {np.size(lost[address])}"
+        )
+
+
+def lost_sites(trace: Any) -> dict[str, Any]:
+    """By address, whether a site's log density is not finite somewhere."""
+    return {a: ~jnp.all(jnp.isfinite(x)) for a, x in trace.scores.items()}
 
 
 def make_problem(

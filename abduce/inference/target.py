@@ -175,13 +175,13 @@ def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]
     if start == 0:
         raise InvalidAlgorithm(f"{name}: the latents of `{problem.program.name}` are all empty.")
     sites = problem.program.sites
-    given = {a: to_physical(sites[a], g) for a, g in problem.given.items()}
+    inputs = {a: to_physical(sites[a], g) for a, g in problem.given.items()}
     for address, index in hidden.items():
         if not len(index):  # nothing is hidden after all
-            given[address] = dataclasses.replace(given[address], mask=None)
+            inputs[address] = dataclasses.replace(inputs[address], mask=None)
     data = {
         "dynamic": problem.arguments.dynamic,
-        "given": given,
+        "given": inputs,
         "hidden": hidden,
         "centering": {},
     }

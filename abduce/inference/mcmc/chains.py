@@ -167,8 +167,9 @@ class Chains:
 
     def _on_device(self, metric: LinearMap) -> LinearMap:
         if self._metric is None or self._metric[0] is not metric:
-            cast = [np.asarray(a, self.dtype) for a in metric[:3]]
-            placed = jax.device_put(LinearMap(*cast, np.bool_(metric.is_structured)))
+            first, second, third = (np.asarray(a, self.dtype) for a in metric[:3])
+            structured = np.bool_(metric.is_structured)
+            placed = jax.device_put(LinearMap(first, second, third, structured))
             self._metric = (metric, placed)
         return self._metric[1]
 

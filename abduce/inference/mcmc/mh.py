@@ -127,7 +127,7 @@ def _messages(stats: dict[str, Any]) -> list[str]:
     rates = np.asarray(stats["acceptance_rate"])
     rate = rates.mean(1)
     messages = []
-    stuck = np.flatnonzero(rate < 0.005) if rates.shape[1] >= 50 else []
+    stuck = np.flatnonzero((rate < 0.005) & (rates.shape[1] >= 50))
     if len(stuck):
         messages.append(
             f"ab.mh: chains {stuck.tolist()} accepted {rate[stuck].max():.1%} of the proposals and "
