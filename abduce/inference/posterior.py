@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from abduce.ppl.masked import Masked
 from abduce.ppl.program import Arguments
 
 __all__ = ["Posterior", "make_posterior"]
+
+_INSIDE = ("abduce", "equinox", "jax")  # packages whose frames are not the user's
 
 
 class Posterior(eqx.Module):
@@ -97,8 +100,7 @@ class Posterior(eqx.Module):
         if self.log_weights is None:
             return draws
         index = self._resampled
-        flat = draws.reshape((-1, *draws.shape[2:]))
-        return flat[index][None]
+        return weighting.flat(draws)[index][None]
 
     def _raw(self, address: str) -> Any:
         _ = self._shape  # refuses stacks of posteriors
@@ -136,7 +138,7 @@ class Posterior(eqx.Module):
         weights = self._weights
         p = None if weights is None else jnp.asarray(weights)
         index = jax.random.choice(key, total, (n,), p=p)
-        return {a: jnp.asarray(x).reshape((-1, *x.shape[2:]))[index] for a, x in self.draws.items()}
+        return {a: weighting.flat(jnp.asarray(x))[index] for a, x in self.draws.items()}
 
     # ---------------------------------------------------------------- expectations
 
@@ -151,7 +153,7 @@ class Posterior(eqx.Module):
             The results with leading axes `(chain, draw)`.
         """
         shape = (self.num_chains, self.num_draws)
-        flat = {a: jnp.asarray(x).reshape((-1, *x.shape[2:])) for a, x in self.draws.items()}
+        flat = {a: weighting.flat(jnp.asarray(x)) for a, x in self.draws.items()}
         out = jax.vmap(f)(flat) if batch_size is None else jax.lax.map(
             f, flat, batch_size=batch_size
         )  # fmt: skip
@@ -367,7 +369,7 @@ def make_posterior(
     messages = messages or []
     draws = {a: _hide_inactive(draws[a], (active or {}).get(a)) for a in sites if a in draws}
     for message in messages:
-        warnings.warn(message, AbduceWarning, stacklevel=4)
+        warnings.warn(message, AbduceWarning, stacklevel=_users_level())
     used = {d for a in sites for d in sites[a].dims if d}
     return Posterior(
         draws=draws,
@@ -389,6 +391,14 @@ def make_posterior(
         deterministic=tuple(a for a in draws if sites[a].kind == "deterministic"),
         algorithm=algorithm,
     )
+
+
+def _users_level() -> int:
+    """Stack level, for `warnings.warn` in the calling function, of the line that called abduce."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _hide_inactive(x: Any, active: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.errors import InvalidValue
+from abduce.inference import weighting
 from abduce.inference.problem import Problem
 from abduce.ppl.masked import Masked
 from abduce.ppl.operations import (
@@ -107,7 +108,7 @@ def _resampled(post: Any, out: dict[str, Any]) -> dict[str, Any]:
     if post.log_weights is None:
         return out
     index = post._resampled
-    return {a: x.reshape((-1, *x.shape[2:]))[index][None] for a, x in out.items()}
+    return {a: weighting.flat(x)[index][None] for a, x in out.items()}
 
 
 def _kept(post: Any, address: str, info: Any) -> Given:
@@ -215,7 +216,7 @@ def run_at_draws(
     batch_size: int | None,
 ) -> dict[str, dict[str, Any]]:
     """Runs the program once per draw; returns the fields, each by address, of the wanted sites."""
-    flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), kept)
+    flat = jax.tree.map(weighting.flat, kept)
     per_draw = sum(math.prod(program.sites[a].shape) for a in wanted) + 1
     total = shape[0] * shape[1]
     if batch_size is None:

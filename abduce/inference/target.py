@@ -154,7 +154,7 @@ def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]
     start = 0
     for address, info in problem.latents.items():
         site = info.site
-        scans = tuple(_scan_lengths(info))
+        scans = tuple(scan_lengths(info))
         element = unconstrained_shape(site)
         batch_ndim = len(scans) + len(site.axes) + len(site.shape) - site.event_dim
         shape = (*scans, *site.axis_sizes, *element)
@@ -188,76 +188,8 @@ def make_target(problem: Problem, name: str) -> tuple[FlatTarget, dict[str, Any]
     return FlatTarget(problem.arguments.static, tuple(slots), start), data
 
 
-_LARGE_SITE = 1000  # elements; below, float32 sums lose nothing that matters
-
-
-def large_sites(problem: Problem) -> tuple[str, ...]:
-    """Sites whose scores are summed as differences from a reference, in float32."""
-    if jnp.result_type(float) == jnp.float64:
-        return ()
-    return tuple(
-        a
-        for a, s in problem.program.sites.items()
-        if s.kind == "sample"
-        and not s.conditional  # a constant must be subtracted always or never
-        and math.prod(s.shape[: s.batch_ndim]) >= _LARGE_SITE
-    )
-
-
-def zero_reference(problem: Problem, sites: tuple[str, ...], data: Any) -> Any:
-    """Data with the structure that `with_reference` gives, and no reference yet."""
-    given = dict(data["given"])
-    for address in sites:
-        info = problem.program.sites[address]
-        sizes = (*_scan_lengths(info), *info.site.axis_sizes, *info.site.batch_shape)
-        zeros = jnp.zeros(sizes, jnp.result_type(float))
-        given[address] = dataclasses.replace(given.get(address, Given()), reference=zeros)
-    return {**data, "given": given}
-
-
-def with_reference(
-    target: FlatTarget, sites: tuple[str, ...], data: Any, q: Any
-) -> tuple[Any, float]:
-    """Data whose log density is relative to that of the large sites at `q`.
-
-    In float32 a log density of a million has a spacing of 0.06, which would drown the energy
-    errors that the acceptance probability is made of. The difference to a point in the bulk,
-    taken element by element, is of order one and keeps its digits.
-
-    Args:
-        target, data: From `make_target`.
-        sites: From `large_sites`.
-        q: A point in the bulk of the posterior, shape `(dim,)`.
-
-    Returns:
-        The new data, of fixed structure; and the constant that was subtracted, in float64.
-    """
-    if not sites:
-        return data, 0.0
-    plain = {
-        a: dataclasses.replace(g, reference=None)
-        for a, g in data["given"].items()
-        if g.value is not None  # else it was only a reference
-    }
-    scores = _scores_at(target, sites, {**data, "given": plain}, jnp.asarray(q))
-    given, constant = dict(plain), 0.0
-    for address, score in scores.items():
-        score = jnp.where(jnp.isfinite(score), score, 0.0)
-        given[address] = dataclasses.replace(given.get(address, Given()), reference=score)
-        constant += float(np.asarray(score, np.float64).sum())
-    return {**data, "given": given}, constant
-
-
-def _scores_at_now(target, sites, data, q):
-    records = target.run(Replay(record=frozenset({"score"})), data, q)["records"]
-    program = target.program(data)
-    return {a: program.sites[a].to_physical(records[a]["score"]) for a in sites}
-
-
-_scores_at = jax.jit(_scores_at_now, static_argnums=(0, 1))
-
-
-def _scan_lengths(info: SiteInfo) -> list[int]:
+def scan_lengths(info: SiteInfo) -> list[int]:
+    """Lengths of the scans around a site, outermost first."""
     sizes = {p: n for p, n in zip(info.perm, info.shape, strict=True)}
     return [sizes[i] for i in range(info.num_scans)]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from abduce.inference.summary import weighted_quantile
 
-__all__ = ["mean", "normalized", "quantile", "resampling_index"]
+__all__ = ["flat", "mean", "normalized", "quantile", "resampling_index"]
 
 
 def _namespace(*arrays: Any) -> Any:
@@ -28,11 +28,16 @@ def _wide(x: Any, xp: Any) -> Any:
     return x.astype(np.dtype(kind) if xp is np else jnp.result_type(kind))
 
 
+def flat(x: Any) -> Any:
+    """Chains and draws as one leading axis."""
+    return x.reshape((x.shape[0] * x.shape[1], *x.shape[2:]))  # -1 fails on sites without elements
+
+
 def normalized(log_weights: Any) -> Any:
     """Weights that sum to 1, flat."""
     xp = _namespace(log_weights)
-    flat = _wide(xp.asarray(log_weights), xp).reshape(-1)
-    weights = xp.exp(flat - flat.max())
+    wide = _wide(xp.asarray(log_weights), xp).reshape(-1)
+    weights = xp.exp(wide - wide.max())
     return weights / weights.sum()
 
 
@@ -48,15 +53,15 @@ def resampling_index(weights: Any) -> Any:
 def mean(x: Any, weights: Any, on: Any = None) -> Any:
     """Mean over chains and draws, the two leading axes of `x`."""
     xp = _namespace(x, weights, on)
-    flat = _wide(xp.asarray(x), xp).reshape((-1, *x.shape[2:]))
+    values = flat(_wide(xp.asarray(x), xp))
     if weights is None and on is None:
-        return flat.mean(0)
-    w = _per_entry(weights, len(flat), flat.ndim, xp)
+        return values.mean(0)
+    w = _per_entry(weights, len(values), values.ndim, xp)
     if on is not None:
-        on = on.reshape(flat.shape)
-        flat, w = xp.where(on, flat, 0), xp.where(on, w, 0)
+        on = on.reshape(values.shape)
+        values, w = xp.where(on, values, 0), xp.where(on, w, 0)
     with np.errstate(invalid="ignore"):  # never active: NaN
-        return (w * flat).sum(0) / w.sum(0)
+        return (w * values).sum(0) / w.sum(0)
 
 
 def _per_entry(weights: Any, n: int, ndim: int, xp: Any) -> Any:
@@ -67,14 +72,16 @@ def _per_entry(weights: Any, n: int, ndim: int, xp: Any) -> Any:
 def quantile(x: Any, q: np.ndarray, weights: Any, on: Any = None) -> Any:
     """Quantiles over chains and draws, shape `q.shape + x.shape[2:]`."""
     xp = _namespace(x, weights, on)
-    flat = xp.asarray(x).reshape((-1, *x.shape[2:]))
+    values = flat(xp.asarray(x))
     if weights is None and on is None:
-        return xp.quantile(flat, q, axis=0)
+        return xp.quantile(values, q, axis=0)
     levels = np.atleast_1d(q)
-    columns = flat.reshape(len(flat), -1).T
-    w = xp.broadcast_to(_per_entry(weights, len(flat), 2, xp).T, columns.shape)
+    if not values.size:
+        return xp.zeros((*q.shape, *x.shape[2:]))
+    columns = values.reshape(len(values), -1).T
+    w = xp.broadcast_to(_per_entry(weights, len(values), 2, xp).T, columns.shape)
     if on is not None:
-        w = xp.where(on.reshape(len(flat), -1).T, w, 0)
+        w = xp.where(on.reshape(len(values), -1).T, w, 0)
     one = _traced_column if xp is jnp else _column
     out = xp.stack([one(c, v, levels) for c, v in zip(columns, w, strict=True)], -1)
     return out.reshape((*q.shape, *x.shape[2:]))

@@ -85,12 +85,8 @@ class Replay:
     Attributes:
         record: What to record per site, among 'value', 'score', 'unconstrained', 'missing',
             'location', 'log_scale' (of sites with a degree of centring). 'missing' (scalar bool)
-            says that an active entry had no value though none
-            may be drawn.
+            says that an active entry had no value though none may be drawn.
         score: Whether densities are wanted at all (a draw from the prior needs none).
-        fill: Entries without a value that may not be drawn get this stand-in instead of an error:
-            'zero' in the constrained space of the support (used to lay out coordinates).
-        jacobian: Whether unconstrained coordinates add their log Jacobian determinant.
         soft_missing: With no key, conditional sites without a value are recorded as missing
             where they are active, instead of being an error.
         predictive: Observations in the program are ignored: those sites are drawn anew.
@@ -98,8 +94,6 @@ class Replay:
 
     record: frozenset[str] = frozenset({"value"})
     score: bool = True
-    jacobian: bool = True
-    fill: bool = False
     soft_missing: bool = False
     predictive: bool = False
 
@@ -138,7 +132,7 @@ class Replay:
         if needs_draw and given is not None and given.hidden is not None:
             needs_draw = False
         missing = None
-        if needs_draw and key is None and not self.fill:
+        if needs_draw and key is None:
             if not (self.soft_missing and (site.branches or given is not None)):
                 raise _missing(site, given)
             missing = True
@@ -195,7 +189,7 @@ class Replay:
                 score, inside = _score(d, x, site, ops, trusted)
                 if inside is not None:
                     out["inside"] = inside
-                if jac is not None and self.jacobian:
+                if jac is not None:
                     jac = _sum_to(jac, len(site.batch_shape))
                     covered = supplied if not (supplied is True or supplied is False) else None
                     if covered is not None and hidden is not None:

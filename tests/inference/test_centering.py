@@ -10,14 +10,8 @@ import abduce.dist as dist
 from abduce.inference.centering import Centering, hierarchical_sites
 from abduce.inference.diagnostics import ess_bulk
 from abduce.inference.problem import make_problem
-from abduce.inference.target import (
-    constrain,
-    large_sites,
-    make_target,
-    unconstrain,
-    with_reference,
-    zero_reference,
-)
+from abduce.inference.reference import large_sites, with_reference, zero_reference
+from abduce.inference.target import constrain, make_target, unconstrain
 
 SIGMA = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 Y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

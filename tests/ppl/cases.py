@@ -59,9 +59,9 @@ class Case:
         """The i-th choice map."""
         return row(self.draws, i)
 
-    def finite(self, n: int = 2) -> list[dict]:
-        """Choice maps with a density."""
-        found = [self.choices(i) for i in range(DRAWS) if np.isfinite(self.expected[i])]
+    def finite(self, n: int = 2) -> list[tuple[int, dict]]:
+        """Index and choice map of n simulations with a density."""
+        found = [(i, self.choices(i)) for i in range(DRAWS) if np.isfinite(self.expected[i])]
         assert len(found) >= n, f"{self.name}: too few draws with a density; choose another key"
         return found[:n]
 

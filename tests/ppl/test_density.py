@@ -101,7 +101,7 @@ def test_batching_the_keys_does_not_change_the_draws(name):
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_gradient_is_the_gradient_of_the_reference(name):
     c = case(name)
-    (choices,) = c.finite(1)
+    ((_, choices),) = c.finite(1)
     smooth = c.smooth(choices)
     got = jax.jit(jax.grad(lambda s: c.log_density({**choices, **s})))(smooth)
     expected = jax.grad(lambda s: c.reference({**choices, **s}))(smooth)
@@ -144,7 +144,7 @@ def test_float32(name):
     for both and still sees a lost digit.
     """
     c = case(name)
-    (choices,) = c.finite(1)
+    ((_, choices),) = c.finite(1)
     choices = {a: _narrow(v) for a, v in choices.items()}
     # Copies: JAX remembers a NumPy constant by identity, with the dtype of its first use.
     args = jax.tree.map(lambda x: _narrow(x) if isinstance(x, np.ndarray) else x, c.entry.args)

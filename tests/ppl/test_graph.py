@@ -284,7 +284,7 @@ def test_soundness_by_perturbation(name):
     c = case(name)
     joined = {(e.source, e.target) for e in ab.graph(c.model, *c.entry.args).edges}
     scores = jax.jit(lambda choices: c.generate(choices)[0].scores)
-    (choices,) = c.finite(1)
+    ((_, choices),) = c.finite(1)
     base = scores(choices)
     seen = set()
     for a in c.entry.shapes:

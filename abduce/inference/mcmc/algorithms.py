@@ -16,14 +16,8 @@ from abduce.inference.mcmc.engine import run
 from abduce.inference.mcmc.settings import HMCConfig
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
-from abduce.inference.target import (
-    FlatTarget,
-    constrain,
-    large_sites,
-    make_target,
-    with_reference,
-    zero_reference,
-)
+from abduce.inference.reference import large_sites, with_reference, zero_reference
+from abduce.inference.target import FlatTarget, constrain, make_target
 
 __all__ = ["hmc", "nuts"]
 

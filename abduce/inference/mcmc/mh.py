@@ -11,8 +11,9 @@ import numpy as np
 
 from abduce.errors import InitializationError, InvalidAlgorithm, InvalidValue
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
+from abduce.inference.mcmc.report import split_rhat
 from abduce.inference.posterior import Posterior, make_posterior
-from abduce.inference.problem import Problem
+from abduce.inference.problem import Problem, lost_sites
 from abduce.ppl.masked import Masked
 from abduce.ppl.model import Model
 from abduce.ppl.transforms import condition
@@ -20,6 +21,8 @@ from abduce.ppl.transforms import condition
 __all__ = ["mh"]
 
 _CHUNK = 250  # iterations per compiled call: bounds device memory, and lets an interrupt through
+_ENOUGH = 50  # draws per chain, below which warnings would be chance
+_RHAT = 1.1  # of a site's worst element, above which chains count as not mixed
 _TRIES = 64  # prior draws per chain among which a starting point is sought, per attempt
 
 
@@ -111,7 +114,7 @@ class mh(Algorithm):
         draws, active, stats = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
         order = [a for a in problem.program.sites if a in draws]
         if not traced:
-            messages += _messages(stats)
+            messages += _messages(stats) + _unmixed(draws)
         stats["num_nan"] = stats["num_nan"].sum()
         return make_posterior(
             problem, {a: draws[a] for a in order}, algorithm="mh", diagnostics=stats,
@@ -127,7 +130,7 @@ def _messages(stats: dict[str, Any]) -> list[str]:
     rates = np.asarray(stats["acceptance_rate"])
     rate = rates.mean(1)
     messages = []
-    stuck = np.flatnonzero((rate < 0.005) & (rates.shape[1] >= 50))
+    stuck = np.flatnonzero((rate < 0.005) & (rates.shape[1] >= _ENOUGH))
     if len(stuck):
         messages.append(
             f"ab.mh: chains {stuck.tolist()} accepted {rate[stuck].max():.1%} of the proposals and "
@@ -141,6 +144,22 @@ def _messages(stats: dict[str, Any]) -> list[str]:
             f"operations in the model."
         )
     return messages
+
+
+def _unmixed(draws: dict[str, Any]) -> list[str]:
+    """Chains that disagree, by split R-hat; of short runs it says nothing."""
+    worst = {}
+    for address, x in draws.items():
+        if x.shape[1] >= _ENOUGH and np.isfinite(x).all():
+            worst[address] = float(np.max(split_rhat(x), initial=1.0))
+    address = max(worst, key=lambda a: worst[a], default=None)
+    if address is None or worst[address] < _RHAT:
+        return []
+    return [
+        f"ab.mh: the chains have not mixed: split R-hat is {worst[address]:.2f} for {address!r}. "
+        f"Run longer (num_warmup, num_samples), start nearer to the posterior (init=), propose "
+        f"better moves (proposal=), or use ab.nuts for continuous latents."
+    ]
 
 
 def _as_proposals(proposal: Any) -> tuple[Model, ...]:
@@ -178,8 +197,9 @@ def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:
             return trace
     raise InitializationError(
         f"ab.mh: no starting point with a finite log density among {20 * _TRIES} prior draws per "
-        f"chain: the data are far from what the prior expects. Pass init= a choice map with "
-        f"plausible values."
+        f"chain: {problem.culprit(jax.vmap(lost_sites)(trace))} chains. Correct the data if they "
+        f"are wrong; if they are only far from what the prior expects, pass init= a choice map "
+        f"with plausible values."
     )
 
 
