@@ -8,7 +8,7 @@ Analysis 16, 2021), section 3: chains split in half, Geyer's initial monotone se
 import numpy as np
 from scipy import stats
 
-__all__ = ["agreement", "ess", "geometric_mean", "min_bulk_ess"]
+__all__ = ["agreement", "ess", "geometric_mean", "min_bulk_ess", "min_square_ess"]
 
 
 def ess(draws: np.ndarray, *, bulk: bool) -> float:
@@ -55,6 +55,16 @@ def min_bulk_ess(draws: np.ndarray) -> float:
     as 0: it must not drop out of the minimum.
     """
     values = [ess(draws[..., i], bulk=True) for i in range(draws.shape[-1])]
+    return float(np.min(np.nan_to_num(values, nan=0.0)))
+
+
+def min_square_ess(draws: np.ndarray) -> float:
+    """Smallest ESS over quantities of the squared distance from the mean.
+
+    It is what the standard deviation rests on. Draws that alternate around the mean have a bulk ESS
+    above their number, but not this one, so the two belong side by side.
+    """
+    values = _ess_each((draws - draws.mean(axis=(0, 1))) ** 2)
     return float(np.min(np.nan_to_num(values, nan=0.0)))
 
 

@@ -159,6 +159,7 @@ def _summary(posterior, run, draws, seconds, compile_seconds) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "min_ess": metrics.min_bulk_ess(draws),
+        "min_square_ess": metrics.min_square_ess(draws),
         **metrics.agreement(draws, *gold),
         "num_gradients_warmup": run.num_gradients_warmup,
         "num_gradients_sampling": run.num_gradients_sampling,

@@ -24,6 +24,12 @@ KEY = jax.random.key(11)
 SE = 4.5
 
 
+def mcse(x):
+    """The standard error of the mean; chains that do not mix would have an excuse for anything."""
+    assert diagnostics.ess_mean(x) > 150
+    return diagnostics.mcse_mean(x)
+
+
 def assert_moments(draws, mean, sd):
     """Means and standard deviations of chains, `(chain, draw, k)`, to 4.5 MCSE."""
     draws = np.asarray(draws, float)
@@ -31,16 +37,16 @@ def assert_moments(draws, mean, sd):
     mean, sd = np.ravel(mean), np.ravel(sd)
     for i in range(draws.shape[-1]):
         x = draws[..., i]
-        error = SE * diagnostics.mcse_mean(x)
+        error = SE * mcse(x)
         assert abs(x.mean() - mean[i]) < error, (i, x.mean(), mean[i])
         spread = (x - mean[i]) ** 2
-        error = SE * diagnostics.mcse_mean(spread)
+        error = SE * mcse(spread)
         assert abs(spread.mean() - sd[i] ** 2) < error, (i, spread.mean() ** 0.5, sd[i])
 
 
 def assert_probability(hits, probability):
     hits = np.asarray(hits, float)
-    assert abs(hits.mean() - probability) < SE * diagnostics.mcse_mean(hits), hits.mean()
+    assert abs(hits.mean() - probability) < SE * mcse(hits), hits.mean()
 
 
 # -- the protocol ----------------------------------------------------------------------------
@@ -299,9 +305,9 @@ def test_nuts_on_a_site_in_a_branch():
     assert post.mean("z") == pytest.approx(np.nanmean(z), rel=1e-6)
     mean, sd = (3 + y) / 2, 0.5**0.5
     deviation = np.where(active, z - mean, 0)  # of mean 0 where z counts
-    assert abs(deviation.mean()) < SE * diagnostics.mcse_mean(deviation)
+    assert abs(deviation.mean()) < SE * mcse(deviation)
     squares = np.where(active, (z - mean) ** 2 - sd**2, 0)
-    assert abs(squares.mean()) < SE * diagnostics.mcse_mean(squares)
+    assert abs(squares.mean()) < SE * mcse(squares)
 
 
 def test_no_algorithm_means_nuts():
@@ -580,9 +586,9 @@ def test_mh_opens_and_closes_branches(proposal):
     active = np.asarray(post["b"]) == 1
     np.testing.assert_array_equal(np.isnan(post["x"]), ~active)
     x = np.where(active, np.asarray(post["x"], float) - 1.75, 0)
-    assert abs(x.mean()) < SE * diagnostics.mcse_mean(x)
+    assert abs(x.mean()) < SE * mcse(x)
     squares = np.where(active, x**2 - 0.5, 0)
-    assert abs(squares.mean()) < SE * diagnostics.mcse_mean(squares)
+    assert abs(squares.mean()) < SE * mcse(squares)
 
 
 def test_mh_infers_hidden_entries():
@@ -614,16 +620,15 @@ def test_a_proposal_over_a_partly_observed_site_is_refused():
         ab.mh(proposal=q)(model).posterior(KEY, given={"y": data})
 
 
-def test_stuck_and_unmixed_chains_are_reported(fits):
+def test_chains_that_have_not_mixed_are_reported(fits):
     alg = fits[0]["mh"].replace(num_warmup=0, num_samples=250)
     precise = 1e-4 * SCALES  # no prior draw comes near the data
     with pytest.warns(ab.AbduceWarning) as caught:
         post = alg(groups).posterior(KEY, precise, given={"y": DATA})
     assert [str(w.message) for w in caught] == list(post.warnings)
-    assert any("[0, 1, 2, 3] accepted" in w and "smaller moves" in w for w in post.warnings)
-    mixed = next(w for w in post.warnings if "not mixed" in w)
-    assert "'theta'" in mixed or "'mu'" in mixed or "'effect'" in mixed
-    assert "num_warmup" in mixed and "ab.nuts" in mixed
+    (message,) = post.warnings
+    assert "not mixed" in message and "'theta'" in message
+    assert "num_warmup" in message and "ab.nuts" in message
 
 
 def test_thinning_keeps_every_nth(fits):
