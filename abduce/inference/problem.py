@@ -142,7 +142,7 @@ def make_problem(
     if name is not None:
         require_density(program, name)
     _check_names(program, named)
-    coords.update(named)
+    coords = {k: [_as_label(x) for x in v] for k, v in {**coords, **named}.items()}
     _check_lengths(program, coords)
     return Problem(bare, program, arguments, checked, args, kwargs, coords)
 
@@ -161,6 +161,13 @@ def _as_coords(coords: Any) -> dict[str, list[Any]]:
             f'coords={{"school": names}}.'
         )
     return {k: list(v) for k, v in (coords or {}).items()}
+
+
+def _as_label(x: Any) -> Any:
+    """A label as a plain Python value, fit for the static part of a posterior; dates as text."""
+    if not isinstance(x, np.generic):
+        return x
+    return str(x) if x.dtype.kind in "mM" else x.item()
 
 
 def _check_names(program: Program, coords: dict[str, list[Any]]) -> None:

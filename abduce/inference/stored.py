@@ -45,7 +45,7 @@ def _as_stored(x: Any) -> Any:
 
 
 def _plain(x: Any) -> Any:
-    return x.item() if isinstance(x, np.generic) else x if isinstance(x, (int, float)) else str(x)
+    return x if isinstance(x, (int, float)) else str(x)
 
 
 def load(path: Any) -> Any:

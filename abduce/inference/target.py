@@ -259,12 +259,15 @@ class _Hashable:
 
     def __init__(self, support):
         self.support = support
+        leaves, treedef = jax.tree.flatten(support)
+        arrays = [np.asarray(x) for x in leaves]
+        self.key = (treedef, tuple((a.dtype.str, a.shape, a.tobytes()) for a in arrays))
 
     def __hash__(self):
-        return hash(repr(self.support))
+        return hash(self.key)
 
     def __eq__(self, other):
-        return isinstance(other, _Hashable) and repr(self.support) == repr(other.support)
+        return isinstance(other, _Hashable) and self.key == other.key
 
 
 def _apply_now(hashable, u):

@@ -42,6 +42,7 @@ __all__ = [
     "scan_split",
     "scope_context",
     "set_cond_batcher",
+    "stage",
     "subjaxprs",
     "token_context",
     "while_p",
@@ -115,6 +116,17 @@ def evaluate(eqn: Any, vals: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*vals, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def stage(jitted: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+    """Traces a jitted function through JAX's cache.
+
+    Returns:
+        The jaxpr; the traced values that the function closes over, which are its first inputs; and
+        the structure of its result.
+    """
+    traced = jitted.trace(*args)
+    return traced.jaxpr, list(getattr(traced, "_consts", ())), jax.tree.structure(traced.out_info)
 
 
 def is_dropvar(var: Any) -> bool:

@@ -57,7 +57,7 @@ def propose(m: Model, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
     program, arguments = stage(m.with_algorithm(None), args, kwargs)
     zero = jnp.zeros((), jnp.result_type(float))
     state = State(None, {}, zero)
-    walk(_Propose(), program.jaxpr, arguments.dynamic, state)
+    walk(_Propose(), program.jaxpr, program.inputs(arguments), state)
     infos = relative(program).sites
     choices = {
         a: infos[a].to_logical(state.records[scoped(a)]["value"])

@@ -23,9 +23,10 @@ from abduce.errors import InvalidModel, InvalidValue
 from abduce.ppl import _jax
 from abduce.ppl.checks import check_finite, check_parameters, check_support, checked_mask, coerce
 from abduce.ppl.data import as_data
+from abduce.ppl.interpreter import first_site
 from abduce.ppl.masked import Masked
 from abduce.ppl.naming import absolute, dim_names, path_text
-from abduce.ppl.site import Site, as_float, bind, take_apart, user_location
+from abduce.ppl.site import Site, as_float, bind, has_sites, take_apart, user_location
 
 __all__ = ["deterministic", "factor", "sample", "scaled", "scope", "while_loop"]
 
@@ -298,7 +299,7 @@ def while_loop(
     body: Callable[[Any], Any],
     init: Any,
     max_steps: int,
-    name: str = "while_loop",
+    name: str | None = None,
 ) -> Any:
     """A loop that may contain sites, bounded by `max_steps`.
 
@@ -312,7 +313,7 @@ def while_loop(
         body: From the state to the next state.
         init: The first state, a pytree of arrays.
         max_steps: Bound on the number of steps; static.
-        name: Address of the factor; give each of several loops its own.
+        name: Address of the factor; by default `"while_loop(x)"`, with `x` the first site in it.
 
     Returns:
         The state when the condition first fails.
@@ -328,5 +329,9 @@ def while_loop(
         return jax.lax.cond(go, body, lambda s: s, state), None
 
     final, _ = jax.lax.scan(step, init, None, length=int(max_steps))
+    if name is None:
+        staged = jax.make_jaxpr(body)(init)
+        inside = first_site(staged).address.rsplit("/", 1)[-1] if has_sites(staged) else ""
+        name = f"while_loop({inside})"
     factor(name, jnp.where(cond(final), -jnp.inf, 0.0))
     return final

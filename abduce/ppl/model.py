@@ -7,8 +7,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from abduce.errors import InvalidModel, InvalidValue
+from abduce.ppl.masked import masked
 from abduce.ppl.operations import (
     execute,
     prepare_given,
@@ -47,7 +49,11 @@ class Model(eqx.Module):
 
     def _stage(self, args, kwargs):
         bare = self if self.algorithm is None else self.with_algorithm(None)
+        bare.check(args, kwargs)
         return stage_operation(bare, args, kwargs)
+
+    def check(self, args: Any, kwargs: Any) -> None:
+        """Checks the data inside a transformed model, while they are concrete."""
 
     def program(self, *args: Any, **kwargs: Any) -> Program:
         """The staged program, with its table of sites (`.sites`).
@@ -81,11 +87,8 @@ class Model(eqx.Module):
         """
         key = typed_key(key, "m.simulate")
         program, arguments = self._stage(args, kwargs)
-        scored = all(s.has_density for s in program.of_kind("sample").values())
-        record = TRACE_RECORD if scored else frozenset({"value"})
-        out = execute(
-            Replay(record=record, score=scored), arguments, key, prepare_params(program, params)
-        )
+        given = prepare_params(program, params)
+        out = execute(Replay(record=TRACE_RECORD), arguments, key, given)
         return make_trace(program, arguments, out)
 
     def log_density(
@@ -154,7 +157,7 @@ class Model(eqx.Module):
         program, arguments = self._stage(args, kwargs)
         inputs = prepare_given(program, given)
         require_density(program, "m.generate", but=frozenset(set(program.latents) - set(inputs)))
-        log_q: Any = 0.0
+        proposed = None
         if proposal is not None:
             if not isinstance(proposal, Model):
                 raise InvalidValue(
@@ -163,15 +166,13 @@ class Model(eqx.Module):
                 )
             key, sub = jax.random.split(key)
             proposed = proposal.simulate(sub, dict(given), *args, **kwargs)
-            log_q = proposed.log_density
-            inputs.update(proposal_inputs(program, proposed.choices, inputs))
+            require_density(proposed._program(), "m.generate(proposal=)")
+            inputs.update(proposal_inputs(program, proposed, inputs))
         inputs.update(prepare_params(program, params))
-        scored = all(
-            s.has_density for a, s in program.of_kind("sample").items()
-        )  # fmt: skip
-        record = TRACE_RECORD if scored else frozenset({"value"})
-        out = execute(Replay(record=record), arguments, key, inputs, weight=True)
-        return make_trace(program, arguments, out), out["weight"] - log_q
+        out = execute(Replay(record=TRACE_RECORD), arguments, key, inputs, weight=True)
+        trace = make_trace(program, arguments, out)
+        log_q = 0.0 if proposed is None else proposal_density(proposed, trace)
+        return trace, out["weight"] - log_q
 
     def posterior(
         self, key: Any, *args: Any, given: dict[str, Any] | None = None, **kwargs: Any
@@ -208,15 +209,14 @@ class Model(eqx.Module):
 
 def absent(info: Any) -> Given:
     """No value at all, for a site that may turn out to be inactive."""
-    import jax.numpy as jnp
-
     return Given(jnp.zeros(info.shape, info.dtype), jnp.zeros(info.shape[: info.batch_ndim], bool))
 
 
 def proposal_inputs(
-    program: Program, choices: dict[str, Any], given: dict[str, Given]
+    program: Program, proposed: Trace, given: dict[str, Given]
 ) -> dict[str, Given]:
-    """Checks a proposal's choices against the target's latents."""
+    """Checks a proposal's choices against the target's latents, and supplies them."""
+    choices = proposed.choices
     unknown = [a for a in choices if a not in program.latents]
     taken = [a for a in choices if a in given and given[a].mask is None]
     if unknown or taken:
@@ -227,7 +227,40 @@ def proposal_inputs(
             + f"the proposal has {sorted(choices)}, the latents are "
             f"{sorted(a for a in program.latents if a not in given)}."
         )
-    return prepare_given(program, choices, where="proposal")
+    values = {
+        a: masked(x, _elements(proposed.active[a], program.sites[a]))
+        if a in proposed.active
+        else x
+        for a, x in choices.items()
+    }
+    return prepare_given(program, values, where="proposal")
+
+
+def _elements(active: Any, info: Any) -> Any:
+    """An activity flag, over the elements of a site."""
+    shape = info.shape[: info.batch_ndim]
+    return jnp.broadcast_to(active.reshape(active.shape + (1,) * (len(shape) - active.ndim)), shape)
+
+
+def proposal_density(proposed: Trace, trace: Trace) -> Any:
+    """Log density of what a proposal contributed to a trace.
+
+    A value proposed for a branch that is not taken counts for nothing: the target is extended by
+    the proposal's own density of it, so that the two cancel.
+    """
+    total = jnp.zeros((), jnp.result_type(float))
+    for address, score in proposed.scores.items():
+        on = trace.active.get(address)
+        if on is not None:
+            if score.shape[: on.ndim] != on.shape:
+                raise InvalidValue(
+                    f"the proposal scores {address!r} as one event of shape {score.shape}, but the "
+                    f"model takes its branches element by element, {on.shape}. Propose it under "
+                    f"jax.vmap, as the model has it."
+                )
+            score = jnp.where(on.reshape(on.shape + (1,) * (score.ndim - on.ndim)), score, 0.0)
+        total = total + jnp.sum(score)
+    return total
 
 
 class FunctionModel(Model):

@@ -114,7 +114,7 @@ def run_program(
         given = {a: to_physical(program.sites[a], g) for a, g in given.items()}
     sums = Sums.zero(log_density=replay.score, weight=weight)
     state = State(key, given, sums)
-    outs = walk(replay, program.jaxpr, arguments.dynamic, state)
+    outs = walk(replay, program.jaxpr, program.inputs(arguments), state)
     records: dict[str, dict[str, Any]] = {}
     for address, info in program.sites.items():
         record = state.records.get(address)

@@ -210,12 +210,18 @@ class Program:
         out_tree: Structure of the model's return value.
         sites: By address, in program order.
         name: The model's name.
+        closed: Traced values that the model closes over: the first inputs of the jaxpr.
     """
 
     jaxpr: Any
     out_tree: Any
     sites: dict[str, SiteInfo]
     name: str
+    closed: list[Any] = dataclasses.field(default_factory=list)
+
+    def inputs(self, arguments: Arguments) -> list[Any]:
+        """What the jaxpr is run on."""
+        return [*self.closed, *arguments.dynamic]
 
     @functools.cached_property
     def latents(self) -> dict[str, SiteInfo]:
@@ -241,7 +247,7 @@ def stage_packed(arguments: Arguments) -> Program:
     was_validating = Distribution._validate_args
     Distribution._validate_args = False  # its checks would be staged as equations; we have ours
     try:
-        traced = _staged.trace(arguments.static, arguments.dynamic)
+        jaxpr, closed, out_tree = _jax.stage(_staged, arguments.static, arguments.dynamic)
     except jax.errors.JAXTypeError as e:
         raise _explain(e, name) from e
     except TypeError as e:
@@ -253,7 +259,11 @@ def stage_packed(arguments: Arguments) -> Program:
         ) from None
     finally:
         Distribution._validate_args = was_validating
-    return _analysed(traced.jaxpr, jax.tree.structure(traced.out_info), name)
+    key, _ = _jax.inner_jaxpr(jaxpr)  # the constants may differ from call to call
+    sites = _tables.get(key)
+    if sites is None:
+        sites = _tables[key] = site_table(jaxpr, name)
+    return Program(jaxpr, out_tree, sites, name, closed)
 
 
 def relative(program: Program) -> Program:
@@ -262,7 +272,7 @@ def relative(program: Program) -> Program:
     if not n:
         return program
     sites = {a[n:]: s for a, s in program.sites.items()}
-    return Program(program.jaxpr, program.out_tree, sites, program.name)
+    return dataclasses.replace(program, sites=sites)
 
 
 def _explain(error: Exception, name: str) -> InvalidModel:
@@ -289,14 +299,6 @@ def _explain(error: Exception, name: str) -> InvalidModel:
 
 
 _tables: weakref.WeakKeyDictionary[Any, dict[str, SiteInfo]] = weakref.WeakKeyDictionary()
-
-
-def _analysed(jaxpr: Any, out_tree: Any, name: str) -> Program:
-    key, _ = _jax.inner_jaxpr(jaxpr)  # the constants may differ from call to call
-    sites = _tables.get(key)
-    if sites is None:
-        sites = _tables[key] = site_table(jaxpr, name)
-    return Program(jaxpr, out_tree, sites, name)
 
 
 def site_table(jaxpr: Any, name: str) -> dict[str, SiteInfo]:

@@ -125,6 +125,7 @@ class Replay:
 
     def _sample(self, site, operands, given, key, acc):
         has_obs, has_obs_mask = "obs" in site.roles, "mask" in site.roles
+        scored = self.score and site.spec.family != "Simulator"  # which has no density
         if self.predictive:
             has_obs = has_obs_mask = False
         wholly_given = given is not None and given.value is not None and given.mask is None
@@ -185,7 +186,7 @@ class Replay:
                 # A dead branch's value must not send NaN gradients back.
                 x = jnp.where(guard, x, jax.lax.stop_gradient(x))
             out["value"] = x
-            if self.score:
+            if scored:
                 score, inside = _score(d, x, site, ops, trusted)
                 if inside is not None:
                     out["inside"] = inside
@@ -212,7 +213,7 @@ class Replay:
             return out
 
         out = elementwise(site, element, operands, keys, value, mask, hidden, centering)
-        if self.score:
+        if scored:
             score = out["score"]
             if given is not None and given.reference is not None:
                 score = score - given.reference

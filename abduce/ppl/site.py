@@ -7,6 +7,7 @@ parameters, an observed value, a scale, a guard). `jax.vmap` of a site records t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -115,14 +116,12 @@ def known_support(d: Any) -> Any | None:
         if support is not None and type(d).__name__ == "Independent":
             return constraints.independent(support, d.reinterpreted_batch_ndims)
         return support
-    support = getattr(type(d), "support", None)
-    if not isinstance(support, constraints.Constraint):
-        if any(not isinstance(x, (int, float)) for x in jax.tree.leaves(d)):
-            return None
-        try:
-            support = d.support
-        except NotImplementedError:
-            return None
+    try:
+        support = d.support
+    except NotImplementedError:
+        return None
+    if any(not _jax.is_concrete(x) for x in jax.tree.leaves(support)):
+        return None
     if support is None or constraints.is_dependent(support):
         return None
     return support
@@ -305,6 +304,7 @@ def has_sites(jaxpr: Any) -> bool:
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SKIP = (
     _PACKAGE + os.sep,
+    contextlib.__file__,
     *(os.path.dirname(os.path.abspath(m.__file__)) + os.sep for m in (jax, numpyro)),
 )
 

@@ -100,8 +100,9 @@ class Trace(eqx.Module):
         Raises:
             UnknownAddress: A part of the selection matches nothing.
         """
-        chosen = matching(selection, self.scores)
-        require_density(self._program(), "trace.project", but=frozenset(set(self.scores) - chosen))
+        values = {**self.scores, **self.choices, **self.observed}
+        chosen = matching(selection, values)
+        require_density(self._program(), "trace.project", but=frozenset(set(values) - chosen))
         zero = jnp.zeros((), jnp.result_type(float))
         return sum((jnp.sum(self.scores[a]) for a in sorted(chosen)), start=zero)
 

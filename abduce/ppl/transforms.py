@@ -61,7 +61,8 @@ def emit_again(model: Model, args: Any, kwargs: Any, edit: Any, given: dict[str,
     """
     program, arguments = stage(model, args, kwargs)
     inputs = {scoped(a): to_physical(program.sites[scoped(a)], g) for a, g in given.items()}
-    outs = walk(Emit(edit), program.jaxpr, arguments.dynamic, State(None, inputs, ()))
+    state = State(None, inputs, ())
+    outs = walk(Emit(edit), program.jaxpr, program.inputs(arguments), state)
     return jax.tree.unflatten(program.out_tree, outs)
 
 
@@ -73,6 +74,9 @@ class _Transformed(Model):
     @property
     def name(self) -> str:
         return self.base.name
+
+    def check(self, args: Any, kwargs: Any) -> None:
+        self.base.check(args, kwargs)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__.lower()} of {self.base!r}>"
@@ -92,6 +96,10 @@ class Conditioned(_Transformed):
     base: Model
     given: dict[str, Any]
     algorithm: Any = None
+
+    def check(self, args, kwargs):
+        program, _ = self.base._stage(args, kwargs)  # which checks the model inside, too
+        prepare_given(program, self.given)
 
     def emit(self, *args, **kwargs):
         program = relative(stage(self.base, args, kwargs)[0])

@@ -166,10 +166,12 @@ def test_other_data_of_the_same_shapes_compile_nothing(fits, name):
 @pytest.mark.parametrize("name", ["nuts", "mh"])
 def test_the_numbers_of_chains_and_draws_compile_nothing(fits, name):
     alg = fits[0][name].replace(num_samples=300)
+    if name == "nuts":
+        alg = alg.replace(num_chains=6, num_warmup=200)
     with count_compiles() as compiles:
         post = alg(groups).posterior(KEY, SCALES, given={"y": DATA})
-    assert compiles.count == 0 or name == "nuts"  # arrays on their way out have another shape
-    assert post["mu"].shape == (4, 300)
+    assert compiles.count == 0
+    assert post["mu"].shape == (alg.num_chains, 300)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -589,6 +591,10 @@ def test_mh_opens_and_closes_branches(proposal):
     assert abs(x.mean()) < SE * mcse(x)
     squares = np.where(active, x**2 - 0.5, 0)
     assert abs(squares.mean()) < SE * mcse(squares)
+    if proposal is None:  # predictions keep each draw's branch, and its value
+        noise = post.predict(KEY)["y"] - np.where(active, post["x"], 0)
+        assert abs(noise.mean()) < SE / np.sqrt(noise.size)
+        assert abs(noise.std() - 1) < SE / np.sqrt(2 * noise.size)
 
 
 def test_mh_infers_hidden_entries():
@@ -638,6 +644,26 @@ def test_thinning_keeps_every_nth(fits):
     plain = fits[1]["mh"]
     ess = diagnostics.ess_bulk(np.asarray(post["mu"], float)) / 500
     assert ess > 1.5 * diagnostics.ess_bulk(np.asarray(plain["mu"], float)) / 2000
+
+
+def test_an_interrupted_run_returns_what_it_has(fits, monkeypatch):
+    from abduce.inference.mcmc import mh
+
+    advance, calls = mh._advance, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 6:  # two calls of warm-up, three of draws
+            raise KeyboardInterrupt
+        return advance(*args)
+
+    monkeypatch.setattr(mh, "_advance", interrupted)
+    with pytest.warns(ab.AbduceWarning, match=r"interrupted after 750 of 2000 draws per chain"):
+        post = fits[0]["mh"](groups).posterior(KEY, SCALES, given={"y": DATA})
+    np.testing.assert_array_equal(post["mu"], fits[1]["mh"]["mu"][:, :750])
+    calls[:] = [None] * 5  # in the first call: nothing to return
+    with pytest.raises(KeyboardInterrupt):
+        fits[0]["mh"](groups).posterior(KEY, SCALES, given={"y": DATA})
 
 
 def test_mh_starts_where_it_is_told(fits):

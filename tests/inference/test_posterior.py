@@ -195,6 +195,19 @@ def test_summary_has_labels_values_and_an_interval(post):
         assert table["mu"]["r_hat"] == pytest.approx(diagnostics.rhat(x), rel=1e-5)
 
 
+def test_labels_come_from_pandas_and_xarray(weighted):
+    pandas, xarray = pytest.importorskip("pandas"), pytest.importorskip("xarray")
+    series = pandas.Series(DATA, index=pandas.Index(NAMES, name="group"))
+    array = xarray.DataArray(DATA, dims="group", coords={"group": NAMES})
+    for data in (series, array):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            alg = ab.importance(num_samples=N)
+            post = alg(groups).posterior(KEY, SCALES, given={"y": data})
+        np.testing.assert_array_equal(post["mu"], weighted["mu"])
+        assert post.summary().labels == weighted.summary().labels
+
+
 def test_repr_says_what_there_is(weighted, chains):
     assert repr(chains) == "<Posterior by nuts: 4 x 250 draws of mu (), theta (3,), effect (3,)>"
     assert f"1 x {N} draws, weighted" in repr(weighted) and "log evidence -" in repr(weighted)

@@ -50,7 +50,7 @@ UNSCALED = [name for name in SIMULATED if name != "scaled_sites"]
 # -- update ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SIMULATED)
+@pytest.mark.parametrize("name", spread(SIMULATED))
 def test_update_weight_there_and_back(name):
     c = case(name)
     (i, old), (_, new) = c.finite()

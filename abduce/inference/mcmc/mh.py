@@ -152,9 +152,9 @@ def _unmixed(draws: dict[str, Any]) -> list[str]:
     for address, x in draws.items():
         if x.shape[1] >= _ENOUGH and np.isfinite(x).all():
             worst[address] = float(np.max(split_rhat(x), initial=1.0))
-    address = max(worst, key=lambda a: worst[a], default=None)
-    if address is None or worst[address] < _RHAT:
+    if not worst or max(worst.values()) < _RHAT:
         return []
+    address = max(worst, key=lambda a: worst[a])
     return [
         f"ab.mh: the chains have not mixed: split R-hat is {worst[address]:.2f} for {address!r}. "
         f"Run longer (num_warmup, num_samples), start nearer to the posterior (init=), propose "
@@ -280,6 +280,12 @@ def _advance(size, count, thinning, setup, state, key):
     def propose(q, key, trace):
         k1, k2, k3, k4 = jax.random.split(key, 4)
         moved = q.simulate(k1, {**observed, **trace.choices}, *args, **kwargs)
+        if inside := sorted(set(trace.active) & set(moved.choices)):
+            raise InvalidAlgorithm(
+                f"ab.mh: the proposal covers {inside}, which are in branches of a cond, so that a "
+                f"move may change which of them count. Leave them to their prior (proposal=None), "
+                f"or propose only sites that are always active."
+            )
         if both := sorted(partial & set(moved.choices)):
             raise InvalidAlgorithm(
                 f"ab.mh: the proposal covers {both}, which are partly observed. Leave them to "
