@@ -15,7 +15,7 @@ from abduce.inference.mcmc.report import split_rhat
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, lost_sites
 from abduce.ppl.masked import Masked
-from abduce.ppl.model import Model
+from abduce.ppl.model import Model, proposal_density
 from abduce.ppl.transforms import condition
 
 __all__ = ["mh"]
@@ -280,12 +280,6 @@ def _advance(size, count, thinning, setup, state, key):
     def propose(q, key, trace):
         k1, k2, k3, k4 = jax.random.split(key, 4)
         moved = q.simulate(k1, {**observed, **trace.choices}, *args, **kwargs)
-        if inside := sorted(set(trace.active) & set(moved.choices)):
-            raise InvalidAlgorithm(
-                f"ab.mh: the proposal covers {inside}, which are in branches of a cond, so that a "
-                f"move may change which of them count. Leave them to their prior (proposal=None), "
-                f"or propose only sites that are always active."
-            )
         if both := sorted(partial & set(moved.choices)):
             raise InvalidAlgorithm(
                 f"ab.mh: the proposal covers {both}, which are partly observed. Leave them to "
@@ -294,13 +288,14 @@ def _advance(size, count, thinning, setup, state, key):
         new, log_weight, _ = trace.update(moved.choices, key=k2)
         back = {a: trace.choices[a] for a in moved.choices}
         reverse, _ = q.generate(k4, back, {**observed, **new.choices}, *args, **kwargs)
-        forwards, can_go = _density_of_move(moved, new.active)
-        backwards, can_return = _density_of_move(reverse, trace.active)
+        forwards, backwards = proposal_density(moved, new), proposal_density(reverse, trace)
+        possible = _gives_all(moved, new) & _gives_all(reverse, trace)
         for a in set(trace.active) & set(trace.choices) - set(moved.choices):
             # The way back draws from the prior what vanishes here.
-            backwards += _sum_where(~new.active[a], trace.scores[a])
+            score = trace.scores[a]
+            backwards += jnp.sum(jnp.where(_spread(~new.active[a], score), score, 0.0))
         log_ratio = log_weight + backwards - forwards
-        return accept(k3, new, trace, jnp.where(can_go & can_return, log_ratio, -jnp.inf))
+        return accept(k3, new, trace, jnp.where(possible, log_ratio, -jnp.inf))
 
     def covered(trace):
         state = {**observed, **trace.choices}
@@ -344,36 +339,18 @@ def _advance(size, count, thinning, setup, state, key):
     return jax.vmap(chain)(state, keys)
 
 
-def _density_of_move(proposed: Any, active: dict[str, Any]) -> tuple[Any, Any]:
-    """Log density of a proposal's run, and whether it gave all that the model needs.
-
-    Args:
-        proposed: Trace of the proposal.
-        active: Where the model's sites are active at the point proposed.
-    """
-    total, possible = proposed._log_density, jnp.asarray(True)
-    for address in proposed.choices:
-        needed = active.get(address)
+def _gives_all(proposed: Any, trace: Any) -> Any:
+    """Whether a proposal with branches gave a value wherever the model counts one of its sites."""
+    possible = jnp.asarray(True)
+    for address in set(proposed.active) & set(proposed.choices):
         score = proposed.scores[address]
-        if needed is not None:
-            total = total - _sum_where(~needed, score)
-        if address in proposed.active:
-            lacking = _spread(~proposed.active[address], score)
-            if needed is not None:
-                lacking = lacking & _spread(needed, score)
-            possible = possible & ~jnp.any(lacking)
-    return total, possible
-
-
-def _sum_where(on: Any, score: Any) -> Any:
-    return jnp.sum(jnp.where(_spread(on, score), score, 0.0))
+        lacking = _spread(~proposed.active[address], score)
+        if address in trace.active:
+            lacking &= _spread(trace.active[address], score)
+        possible &= ~jnp.any(lacking)
+    return possible
 
 
 def _spread(on: Any, score: Any) -> Any:
     """A flag per mapped element, for every element of a batch."""
-    if on.ndim > score.ndim:
-        raise InvalidAlgorithm(
-            f"ab.mh: a proposal treats as one event, scored in shape {score.shape}, what the model "
-            f"has in branches of shape {on.shape}. Propose its elements independently."
-        )
     return on.reshape(on.shape + (1,) * (score.ndim - on.ndim))
