@@ -5,6 +5,7 @@ holds the model and a handful of traces drawn by one `jit(vmap(simulate))`.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Case:
         traces: `DRAWS` simulations, stacked; None for an improper density.
         draws: The choice maps of these, stacked.
         expected: Their log densities, by the reference.
+        evaluate: The reference, `choices -> log density`.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case:
     traces: Any
     draws: dict
     expected: np.ndarray
+    evaluate: Callable
 
     @property
     def options(self) -> dict:
@@ -66,7 +69,13 @@ class Case:
         return found[:n]
 
     def reference(self, choices):
-        return self.entry.reference(choices, *self.entry.args)
+        return self.evaluate(choices)
+
+    def reference_gradient(self, choices, smooth) -> dict:
+        """Gradient of the reference with respect to `smooth`, a part of the choices."""
+        return _quick(jax.grad(lambda s, c: self.entry.reference({**c, **s}, *self.entry.args)))(
+            smooth, choices
+        )
 
     def smooth(self, choices) -> dict:
         """The part of a choice map in which the density is differentiable."""
@@ -94,8 +103,26 @@ def case(name: str) -> Case:
         draws = {a: traces.choices[a] for a in entry.shapes}
     else:
         draws = {a: jnp.broadcast_to(v, (DRAWS, *np.shape(v))) for a, v in entry.values.items()}
-    expected = [float(entry.reference(row(draws, i), *entry.args)) for i in range(DRAWS)]
-    return Case(name, entry, model, traces, draws, np.array(expected))
+    evaluate = _quick(lambda c: entry.reference(c, *entry.args))
+    expected = [float(evaluate(row(draws, i))) for i in range(DRAWS)]
+    return Case(name, entry, model, traces, draws, np.array(expected), evaluate)
+
+
+def _quick(f: Callable) -> Callable:
+    """Compiles a reference as a whole; one that branches on values runs operation by operation."""
+    compiled = jax.jit(f)
+    plain = False
+
+    def call(*args):
+        nonlocal plain
+        if not plain:
+            try:
+                return compiled(*args)
+            except TypeError:  # JAX's errors for Python control flow on traced values
+                plain = True
+        return f(*args)
+
+    return call
 
 
 def row(tree, i: int):

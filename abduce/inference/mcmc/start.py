@@ -60,8 +60,11 @@ def approach(
     if not good:
         return None
     # the mean precision: a chain that sees little curvature says little
-    precision = np.mean([np.linalg.inv(c) for c in good], 0)
-    metric = covariance_map(np.linalg.inv(precision), unit.factor.shape[1])
+    try:
+        precision = np.mean([np.linalg.inv(c) for c in good], 0)
+        metric = covariance_map(np.linalg.inv(precision), unit.factor.shape[1])
+    except np.linalg.LinAlgError:  # a flat direction
+        return None
     return metric if np.all(np.isfinite(metric.factor)) else None
 
 
