@@ -12,17 +12,12 @@ matplotlib.use("Agg")  # no test opens a window
 
 import jax
 
-_MOST_MEMORY = 3 * 2**30  # bytes held by one worker before compiled programs are dropped
 
-
-def pytest_runtest_teardown():
-    """Thousands of tests compile tens of thousands of programs; JAX keeps them all."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux
-        return
-    if pages * os.sysconf("SC_PAGE_SIZE") > _MOST_MEMORY:
-        jax.clear_caches()
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs() -> Iterator[None]:
+    """Thousands of tests compile tens of thousands of programs; JAX would keep them all."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

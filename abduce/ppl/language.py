@@ -240,15 +240,13 @@ def _value_dtype(d: Any, spec: Any, leaves: Sequence[Any], address: str, where: 
         return d.value_dtype
     if type(d).__name__ == "ImproperUniform":  # it cannot draw
         return jnp.result_type(float)
+    x64 = bool(jax.config.jax_enable_x64)
     try:
-        return _cached_dtype(
-            (spec.treedef, spec.static), spec.avals, bool(jax.config.jax_enable_x64)
-        )
-    except TypeError:  # unhashable static part, or a sampler that needs something else
-        pass
-    try:
-        return _draw_dtype(spec, leaves)
-    except NotImplementedError:  # no sampler: the support tells
+        try:
+            return _cached_dtype((spec.treedef, spec.static), spec.avals, x64)
+        except TypeError:  # unhashable static part
+            return _draw_dtype(spec, leaves)
+    except (NotImplementedError, ImportError):  # no sampler here: the support tells
         discrete = bool(getattr(d.support, "is_discrete", False))
         return jnp.result_type(int) if discrete else jnp.result_type(float)
 

@@ -166,7 +166,7 @@ class Model(eqx.Module):
                 )
             key, sub = jax.random.split(key)
             proposed = proposal.simulate(sub, dict(given), *args, **kwargs)
-            require_density(proposed._program(), "m.generate(proposal=)")
+            proposed._require_density(set(proposed.simulated), "m.generate(proposal=)")
             inputs.update(proposal_inputs(program, proposed, inputs))
         inputs.update(prepare_params(program, params))
         out = execute(Replay(record=TRACE_RECORD), arguments, key, inputs, weight=True)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import constraints
 
-from abduce.errors import MissingData, MissingKey, NoDensity
+from abduce.errors import InvalidModel, MissingData, MissingKey, NoDensity
 from abduce.ppl.checks import is_whole_space
 from abduce.ppl.densities import log_prob
 from abduce.ppl.interpreter import address_key, broadcast_operand
@@ -166,7 +166,7 @@ class Replay:
                 elif hidden is not None:
                     x, jac = constrain(hidden)
                     supplied, trusted = False, True
-                else:
+                elif value is None or mask is not None:
                     x, supplied, trusted = _stand_in(d, site), False, True
                 if value is not None:
                     if given.unconstrained:
@@ -252,10 +252,10 @@ def _select(mask, a, b):
 def _draw(d, key, site):
     try:
         return jnp.asarray(d.sample(key)).astype(site.dtype)
-    except NotImplementedError:
+    except (NotImplementedError, ImportError) as e:
         raise NoDensity(
             f"site {site.address!r} ({site.where}): {site.spec.family} cannot be drawn from (it "
-            f"is improper or has no sampler). Give it a value: "
+            f"is improper or has no sampler{f': {e}' if str(e) else ''}). Give it a value: "
             f'given={{"{site.address}": ...}}, or use a method that only needs the density, such '
             f"as ab.nuts."
         ) from None
@@ -263,10 +263,13 @@ def _draw(d, key, site):
 
 def _stand_in(d, site):
     """A value inside the support, for shapes only or for entries that do not count."""
-    if not jnp.issubdtype(site.dtype, jnp.inexact):
-        return jnp.zeros(site.shape, site.dtype)
-    b = bijection(d, site)
-    return b(jnp.zeros(b.inverse_shape(site.shape), site.dtype))
+    if jnp.issubdtype(site.dtype, jnp.inexact):
+        try:
+            b = bijection(d, site)
+            return b(jnp.zeros(b.inverse_shape(site.shape), site.dtype))
+        except InvalidModel:  # no bijection is known: any value will do
+            pass
+    return jnp.zeros(site.shape, site.dtype)
 
 
 def _modified(site, ops, logp, *, scale=True):

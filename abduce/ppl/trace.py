@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.errors import MissingKey
+from abduce.errors import MissingKey, NoDensity, UnknownAddress, suggest
 from abduce.ppl import _jax
 from abduce.ppl.operations import (
     execute,
@@ -41,6 +41,7 @@ class Trace(eqx.Module):
         active: For sites in branches, whether they counted, per mapped element.
         params: Values of the `ab.param` sites.
         masks: For sites observed in part, where.
+        simulated: Addresses of `dist.Simulator` sites, which have no density.
     """
 
     arguments: Arguments
@@ -53,6 +54,7 @@ class Trace(eqx.Module):
     params: dict[str, Any]
     masks: dict[str, Any]
     _log_density: Any
+    simulated: tuple[str, ...] = eqx.field(static=True)
 
     @property
     def model(self) -> Any:
@@ -76,8 +78,16 @@ class Trace(eqx.Module):
         Raises:
             NoDensity: A site is a simulator.
         """
-        require_density(self._program(), "trace.log_density")
+        self._require_density(set(self.simulated), "trace.log_density")
         return self._log_density
+
+    def _require_density(self, addresses: set[str], call: str) -> None:
+        lacking = sorted(addresses & set(self.simulated))
+        if lacking:
+            raise NoDensity(
+                f"{call} needs the density of site {lacking[0]!r}, but it is a dist.Simulator, "
+                f"which has none. Replace it with a distribution to score it."
+            )
 
     def _program(self) -> Program:
         model, args, kwargs = self.arguments.unpack()
@@ -87,9 +97,11 @@ class Trace(eqx.Module):
         for group in (self.choices, self.observed, self.deterministics, self.params):
             if address in group:
                 return group[address]
-        from abduce.ppl.operations import unknown_address
-
-        raise unknown_address(address, self._program(), "trace")
+        known = [*self.choices, *self.observed, *self.deterministics, *self.params]
+        raise UnknownAddress(
+            f"the trace has no value at {address!r}; it has {', '.join(known) or 'none'}."
+            f"{suggest(address, known)}"
+        )
 
     def project(self, selection: Any) -> Any:
         """Log density of the selected sites, in nats.
@@ -102,7 +114,7 @@ class Trace(eqx.Module):
         """
         values = {**self.scores, **self.choices, **self.observed}
         chosen = matching(selection, values)
-        require_density(self._program(), "trace.project", but=frozenset(set(values) - chosen))
+        self._require_density(chosen, "trace.project")
         zero = jnp.zeros((), jnp.result_type(float))
         return sum((jnp.sum(self.scores[a]) for a in sorted(chosen)), start=zero)
 
@@ -239,6 +251,7 @@ def make_trace(program: Program, arguments: Arguments, out: dict[str, Any]) -> T
         params=values(lambda s: s.kind == "param"),
         masks={a: r["mask"] for a, r in records.items() if "mask" in r},
         _log_density=jnp.nan if log_density is None else log_density,
+        simulated=tuple(a for a, s in program.of_kind("sample").items() if not s.has_density),
     )
 
 

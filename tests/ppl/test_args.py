@@ -318,6 +318,88 @@ def test_flax_module_as_param():
     assert len(m.simulate(KEY, x).params) == 2
 
 
+def test_a_prior_over_an_equinox_network():
+    """One line makes a Bayesian network: a pytree of distributions in the network's structure."""
+    import equinox as eqx
+
+    net = eqx.nn.MLP(2, "scalar", 3, 1, activation=jnp.tanh, key=jax.random.key(5))
+    arrays, rest = eqx.partition(net, eqx.is_array)
+
+    @ab.model
+    def m(x):
+        prior = jax.tree.map(lambda w: dist.Normal(0.0, 2.0).expand(w.shape), arrays)
+        f = eqx.combine(ab.sample("net", prior), rest)
+        loc = jax.vmap(f)(x)
+        jax.vmap(lambda v: ab.sample("y", dist.Normal(v, 1.0)))(loc)
+
+    x = np.array([[0.4, -0.2], [1.0, 0.3]])
+    trace = m.simulate(KEY, x)
+    assert set(trace.choices) == {
+        "net/layers/0/weight", "net/layers/0/bias", "net/layers/1/weight", "net/layers/1/bias", "y",
+    }  # fmt: skip
+    c = trace.choices
+    h = jnp.tanh(x @ c["net/layers/0/weight"].T + c["net/layers/0/bias"])
+    loc = (h @ c["net/layers/1/weight"].T + c["net/layers/1/bias"])[:, 0]
+    expected = sum(cf.normal(v, 0.0, 2.0) for a, v in c.items() if a != "y")
+    close(trace.log_density, expected + cf.normal(c["y"], loc))
+
+
+def test_a_prior_over_a_flax_network():
+    nnx = pytest.importorskip("flax.nnx")
+    graph, state = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+
+    @ab.model
+    def m(x):
+        prior = jax.tree.map(lambda w: dist.Normal(0.0, 2.0).expand(w.shape), state)
+        f = nnx.merge(graph, ab.sample("net", prior))
+        ab.sample("y", dist.Normal(f(x)[0], 1.0))
+
+    x = np.array([0.4, -0.2])
+    trace = m.simulate(KEY, x)
+    kernel, bias = (
+        next(v for a, v in trace.choices.items() if a.startswith(f"net/{name}"))
+        for name in ("kernel", "bias")
+    )
+    assert len(trace.choices) == 3
+    expected = cf.normal(kernel, 0.0, 2.0) + cf.normal(bias, 0.0, 2.0)
+    close(trace.log_density, expected + cf.normal(trace.choices["y"], (x @ kernel + bias)[0]))
+
+
+def test_lists_of_arrays_are_pytrees():
+    """A list of weights, as JAX users pass it; the arrays differ in shape."""
+
+    @ab.model
+    def m(layers, x):
+        for w in layers:
+            x = jnp.tanh(w @ x)
+        ab.sample("y", dist.Normal(x[0], 1.0))
+
+    x = np.array([0.4, -0.2])
+    w1, w2 = np.arange(6.0).reshape(3, 2) / 4, np.array([[0.5, -0.5, 1.0]])
+    expected = cf.normal(0.3, jnp.tanh(w2 @ jnp.tanh(w1 @ x))[0])
+    for make in (np.asarray, jnp.asarray):
+        layers = [make(w1), make(w2)]
+        close(m.log_density({"y": 0.3}, layers, x), expected)
+        close(m.log_density({"y": 0.3}, tuple(layers), x), expected)
+        grad = jax.grad(lambda ls: m.log_density({"y": 0.3}, ls, x))(
+            [jnp.asarray(w) for w in layers]
+        )
+        assert [g.shape for g in grad] == [(3, 2), (1, 3)]
+
+
+def test_observed_pytrees():
+    @ab.model
+    def m(y):
+        mu = ab.sample("mu", dist.Normal(0.0, 1.0))
+        prior = {"a": dist.Normal(mu, 1.0), "b": (dist.Normal(0.0, 2.0).expand((2,)),)}
+        return ab.sample("y", prior, obs=y)
+
+    y = {"a": 0.3, "b": (np.array([0.1, -0.2]),)}
+    expected = cf.normal(0.5) + cf.normal(0.3, 0.5) + cf.normal(y["b"][0], 0.0, 2.0)
+    close(m.log_density({"mu": 0.5}, y), expected)
+    close(m.simulate(KEY, y).retval["b"][0], y["b"][0])
+
+
 def test_distributions_as_arguments():
     """A distribution is a pytree of arrays: a prior can be passed in."""
 
