@@ -76,7 +76,7 @@ def _prepare(x: Any) -> Any:
     if isinstance(x, list):
         leaves = jax.tree.leaves(x)
         if leaves and all(
-            isinstance(v, (int, float, np.number, np.ndarray, jax.Array)) for v in leaves
+            isinstance(v, (int, float, np.number)) for v in leaves  # a list of arrays is a pytree
         ):
             return as_data(x)
         return [_prepare(v) for v in x]

@@ -248,7 +248,7 @@ def test_bounded_while_loop():
     def program():
         ab.while_loop(lambda x: x < 2.0, lambda x: x + normal("up", x), jnp.asarray(0.0), 4)
 
-    assert edges(program) == {"up ~> up", "up -> while_loop"}
+    assert edges(program) == {"up ~> up", "up -> while_loop(up)"}
 
 
 def test_mutable_reference():
