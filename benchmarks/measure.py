@@ -15,6 +15,7 @@ from typing import Any
 
 __all__ = [
     "COMPILE_EVENT",
+    "RESULTS",
     "CompileLog",
     "cell",
     "machine_line",
@@ -25,6 +26,7 @@ __all__ = [
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS.mkdir(exist_ok=True)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 PACKAGES = ("jax", "jaxlib", "numpyro", "blackjax", "numpy")
 
@@ -160,7 +162,6 @@ def write_results(name: str, title: str, body: str, record: dict[str, Any]) -> N
     """
     machine = _machine()
     text = f"# {title}\n\n{machine_line(machine)}\n\n{body.rstrip()}\n"
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"machine": machine, **record}, indent=1, allow_nan=True) + "\n"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import data, metrics, posteriors
-from benchmarks.measure import run_in_subprocess
+from benchmarks.measure import RESULTS, run_in_subprocess
 from benchmarks.nuts_report import report
 
 CHAIN_METHODS = ("sequential", "vectorized", "parallel")
@@ -38,8 +38,13 @@ def main() -> None:
         raise SystemExit(f"unknown posterior {sorted(unknown)}; there are {posteriors.names()}")
     runs = [("abduce", None), ("blackjax", None)]
     runs += [("numpyro", method) for method in options.chain_methods]
-    results = []
+    store = RESULTS / f"{options.name}.tmp"  # a long run that is interrupted goes on from here
+    results = json.loads(store.read_text()) if options.resume and store.is_file() else []
+    finished = {r["posterior"] for r in results}
     for name in wanted:
+        if name in finished:
+            continue
+        found = []
         counted = None  # NumPyro's warm-up steps: the same for every chain method, counted once
         for package, method in runs:
             if package in options.skip:
@@ -47,9 +52,12 @@ def main() -> None:
             result = _measure(name, package, method, options, counted)
             if package == "numpyro" and "error" not in result:
                 counted = result["first"]["num_gradients_warmup"]
-            results.append(result)
+            found.append(result)
             print(_progress_line(result), flush=True)
+        results += found
+        store.write_text(json.dumps(results))
     report(results, name=options.name)
+    store.unlink(missing_ok=True)
 
 
 def _options() -> argparse.Namespace:
@@ -75,6 +83,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds per process")
     parser.add_argument("--name", default="nuts", help="stem of the result files")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run of the same name that was stopped"
+    )
     for hidden in ("--worker", "--posterior", "--method", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--counted", type=int, help=argparse.SUPPRESS)
