@@ -40,6 +40,7 @@ from abduce.inference.laplace import laplace
 from abduce.inference.mcmc.algorithms import hmc, nuts
 from abduce.inference.mcmc.mh import mh
 from abduce.inference.posterior import Posterior
+from abduce.inference.smc.algorithms import smc
 from abduce.inference.stored import load
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
@@ -105,6 +106,7 @@ __all__ = [
     "scaled",
     "scope",
     "sel",
+    "smc",
     "while_loop",
     "with_prior",
 ]

@@ -43,6 +43,7 @@ class Posterior(eqx.Module):
         dims: Names of the dimensions of each site.
         deterministic: Which of the draws are not choices.
         algorithm: What made it, for the record.
+        resume: What a particle method needs to go on with new data, or None.
     """
 
     draws: dict[str, Any]
@@ -58,6 +59,7 @@ class Posterior(eqx.Module):
     dims: Any = eqx.field(static=True)
     deterministic: tuple[str, ...] = eqx.field(static=True)
     algorithm: str = eqx.field(static=True)
+    resume: Any = None
 
     # ---------------------------------------------------------------- draws
 
@@ -73,6 +75,8 @@ class Posterior(eqx.Module):
 
     @property
     def _shape(self) -> tuple[int, int]:
+        if not self.draws:  # a filter that keeps no past, of a model without other latents
+            return np.shape(self.log_weights)[-2:]
         address, draws = next(iter(self.draws.items()))
         shape = np.shape(draws)
         extra = len(shape) - 2 - len(self.dims_by_site[address])
@@ -363,6 +367,7 @@ def make_posterior(
     diagnostics: dict[str, Any] | None = None,
     messages: list[str] | None = None,
     active: dict[str, Any] | None = None,
+    resume: Any = None,
 ) -> Posterior:
     """Builds a posterior and raises its warnings once."""
     sites = problem.program.sites
@@ -390,6 +395,7 @@ def make_posterior(
         dims=tuple((a, s.dims) for a, s in sites.items()),
         deterministic=tuple(a for a in draws if sites[a].kind == "deterministic"),
         algorithm=algorithm,
+        resume=resume,
     )
 
 

@@ -47,6 +47,9 @@ class Handler(Protocol):
         """
         ...
 
+    # A handler may also have `equation(eqn, vals, state) -> outputs`: its own rule for every
+    # equation, such as one that evaluates for a whole population of particles.
+
 
 class State:
     """What a walk carries besides the values of the program.
@@ -102,6 +105,9 @@ def walk(handler: Handler, jaxpr: Any, args: Sequence[Any], state: State) -> lis
 
 
 def _equation(handler: Handler, eqn: Any, vals: list[Any], state: State) -> list[Any]:
+    rule = getattr(handler, "equation", None)
+    if rule is not None:
+        return rule(eqn, vals, state)
     prim = eqn.primitive
     if prim is site_p:
         return _site(handler, eqn.params["site"], vals, state)

@@ -169,9 +169,9 @@ class Replay:
                 elif value is None or mask is not None:
                     x, supplied, trusted = _stand_in(d, site), False, True
                 if value is not None:
-                    if given.unconstrained:
+                    if given.unconstrained:  # coordinates of a latent: no evidence
                         x, jac = constrain(value)
-                        supplied, trusted = True, True
+                        supplied, trusted = False, True
                     elif mask is None:
                         x, supplied, trusted = value.astype(site.dtype), True, given.trusted
                     else:
@@ -187,7 +187,7 @@ class Replay:
                 x = jnp.where(guard, x, jax.lax.stop_gradient(x))
             out["value"] = x
             if scored:
-                score, inside = _score(d, x, site, ops, trusted)
+                score, inside = score_element(d, x, site, ops, trusted)
                 if inside is not None:
                     out["inside"] = inside
                 if jac is not None:
@@ -281,7 +281,7 @@ def _modified(site, ops, logp, *, scale=True):
     return logp if guard is None else jnp.where(guard, logp, 0.0)
 
 
-def _score(d, x, site, ops, trusted):
+def score_element(d, x, site, ops, trusted):
     """Log density of an element, scaled and guarded, and whether it is in the support.
 
     The second is None where that needs no check.
@@ -314,7 +314,7 @@ def log_density_of(site: Site, ops: Sequence[Any], x: Any) -> Any:
     """Log density of one element, scaled and guarded; of a factor if `x` is None."""
     if site.kind == "factor":
         return _modified(site, ops, jnp.asarray(ops[0]))
-    score, inside = _score(site.build(ops), x, site, ops, "obs" not in site.roles)
+    score, inside = score_element(site.build(ops), x, site, ops, "obs" not in site.roles)
     return score if inside is None else jnp.where(inside, score, -jnp.inf)
 
 

@@ -1,0 +1,1 @@
+"""Sequential Monte Carlo: one engine for filters, tempering, steering and their combinations."""
