@@ -41,6 +41,9 @@ from abduce.inference.mcmc.algorithms import hmc, nuts
 from abduce.inference.mcmc.mh import mh
 from abduce.inference.posterior import Posterior
 from abduce.inference.smc.algorithms import smc
+from abduce.inference.smc.particle_gibbs import particle_gibbs
+from abduce.inference.smc.pmmh import pmmh
+from abduce.inference.smc.smc2 import smc2
 from abduce.inference.stored import load
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
@@ -100,6 +103,8 @@ __all__ = [
     "noncentered",
     "nuts",
     "param",
+    "particle_gibbs",
+    "pmmh",
     "propose",
     "reparam",
     "sample",
@@ -107,6 +112,7 @@ __all__ = [
     "scope",
     "sel",
     "smc",
+    "smc2",
     "while_loop",
     "with_prior",
 ]

@@ -22,7 +22,7 @@ from abduce.ppl import _jax
 from abduce.ppl.checks import is_whole_space
 from abduce.ppl.operations import outside_scopes, run_program, to_physical
 from abduce.ppl.program import Arguments, Program, SiteInfo, Static, stage_packed
-from abduce.ppl.replay import Given, Replay
+from abduce.ppl.replay import Given, Replay, Sums
 from abduce.ppl.support import unconstrained_shape
 
 __all__ = ["FlatTarget", "Slot", "make_target"]
@@ -74,6 +74,29 @@ class FlatTarget:
             log_density = log_density + self._inactive(slot, active, q)
         return log_density
 
+    def split(self, data: Any, q: Any) -> tuple[Any, Any]:
+        """Log prior density at `q` (with the log Jacobian) and log likelihood, in nats.
+
+        The likelihood is what observed sites and factors contribute; the two add up to the
+        density.
+        """
+        out = self.split_run(data, q)
+        return out["log_density"], out["weight"]
+
+    def split_run(
+        self, data: Any, q: Any, record: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
+        """`run` with the log prior as `log_density` and the log likelihood as `weight`."""
+        sites = self.program(data).sites
+        conditional = [s for s in self.slots if sites[s.address].conditional]
+        wanted = record | {"value"} if conditional else record
+        split = Split(wanted, latents=frozenset(s.address for s in self.slots))
+        out = self.run(split, data, q, weight=True)
+        for slot in conditional:
+            active = sites[slot.address].to_physical(out["records"][slot.address]["active"])
+            out["log_density"] = out["log_density"] + self._inactive(slot, active, q)
+        return out
+
     def _inactive(self, slot: Slot, active: Any, q: Any) -> Any:
         """Coordinates of inactive sites get a standard normal density, so that the law is proper.
 
@@ -89,15 +112,17 @@ class FlatTarget:
         with outside_scopes():
             return stage_packed(Arguments(self.static, data["dynamic"]))
 
-    def run(self, replay: Replay, data: Any, q: Any) -> dict[str, Any]:
-        """Interprets the model at `q`; per-site records come in the program's layout."""
+    def run(self, replay: Replay, data: Any, q: Any, *, weight: bool = False) -> dict[str, Any]:
+        """Interprets the model at `q`; per-site records come in the users' layout."""
         with outside_scopes():
             arguments = Arguments(self.static, data["dynamic"])
             program = stage_packed(arguments)
             inputs = dict(data["given"])
             for slot in self.slots:
                 inputs[slot.address] = self._given(slot, data, q, inputs.get(slot.address))
-            return run_program(replay, program, arguments, None, inputs, physical=True)
+            return run_program(
+                replay, program, arguments, None, inputs, weight=weight, physical=True
+            )
 
     def _given(self, slot: Slot, data: Any, q: Any, observed: Given | None) -> Given:
         u = q[slot.start : slot.stop]
@@ -117,6 +142,40 @@ class FlatTarget:
         mask = None if observed is None else observed.mask
         reference = None if observed is None else observed.reference
         return Given(value, mask, hidden=full, reference=reference)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Replay):
+    """Sums latents and evidence apart: `log_density` is the log prior, `weight` the rest.
+
+    Subtracting one from the total would lose digits where the likelihood is large, and would give
+    NaN where it is zero.
+
+    Attributes:
+        latents: Addresses of the sites to infer; of one observed in part, the hidden entries.
+    """
+
+    latents: frozenset[str] = frozenset()
+
+    def site(self, site, operands, given, key, acc):
+        mask = None if given is None else given.mask
+        mixed = site.address in self.latents and (mask is not None or "mask" in site.roles)
+        inner: Replay = Replay(self.record)
+        if mixed:
+            inner = Replay(self.record | {"score", "mask", "jacobian"})
+        values, sums, record = inner.site(site, operands, given, key, Sums.zero())
+        total = sums.log_density
+        prior, evidence = (total, None) if site.address in self.latents else (None, total)
+        if mixed:
+            score, seen = record["score"], record.get("mask")
+            if mask is not None:
+                seen = mask if seen is None else seen | mask
+            evidence = jnp.sum(jnp.where(seen, score, 0.0))
+            prior = jnp.sum(jnp.where(seen, 0.0, score))
+            if "jacobian" in record:
+                prior = prior + jnp.sum(record["jacobian"])
+            record = {k: x for k, x in record.items() if k in self.record or k == "active"}
+        return values, acc.add(prior, evidence), record
 
 
 def hidden_index(info: SiteInfo, given: Given | None, program: Program) -> np.ndarray:
@@ -328,7 +387,8 @@ class _Coordinates(Replay):
         return plain.site(site, operands, given, key, acc)
 
 
-def _unconstrain_now(target, data, given):
+def unconstrain_now(target: FlatTarget, data: Any, given: dict[str, Given]) -> Any:
+    """Flat coordinates of given values, in the layout of the program."""
     with outside_scopes():
         arguments = Arguments(target.static, data["dynamic"])
         program = stage_packed(arguments)
@@ -355,4 +415,4 @@ def _unconstrain_now(target, data, given):
     return jnp.concatenate(parts)
 
 
-_unconstrain = jax.jit(_unconstrain_now, static_argnums=0)
+_unconstrain = jax.jit(unconstrain_now, static_argnums=0)

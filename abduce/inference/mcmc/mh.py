@@ -12,6 +12,7 @@ import numpy as np
 from abduce.errors import InitializationError, InvalidAlgorithm, InvalidValue
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.mcmc.report import split_rhat
+from abduce.inference.mcmc.sweeps import is_traced, run_sweeps
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, lost_sites
 from abduce.ppl.masked import Masked
@@ -49,6 +50,7 @@ class mh(Algorithm):
         thinning: Keep each n-th draw.
         init: Starting points: a choice map (a chain axis allowed), a Model, a Posterior, or
             `ab.init.prior()`. None: prior draws with a finite density.
+        progress_bar: Show progress when a run takes more than about two seconds.
 
     Diagnostics: `acceptance_rate` per iteration, `lp`, and `num_nan`, the proposals rejected
     because a density was NaN.
@@ -66,6 +68,7 @@ class mh(Algorithm):
     num_chains: int = 4
     thinning: int = 1
     init: Any = None
+    progress_bar: bool = True
 
     def __post_init__(self):
         check_count("mh", "num_warmup", self.num_warmup, 0)
@@ -78,7 +81,7 @@ class mh(Algorithm):
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         problem.require_latents("ab.mh")
-        proposals = _as_proposals(self.proposal)
+        proposals = as_proposals(self.proposal)
         given = {
             a: g.value if g.mask is None else Masked(g.value, g.mask)
             for a, g in problem.given.items()
@@ -89,29 +92,16 @@ class mh(Algorithm):
         setup = (arguments, proposals, observed)
         key_init, key_run = jax.random.split(key)
         state = _start(self, problem, setup, key_init)
-        parts: list[Any] = []
-        messages: list[str] = []
-        done = -self.num_warmup
-        kept = self.num_samples // self.thinning
-        try:
-            while done < kept:
-                count = min(_CHUNK, -done if done < 0 else kept - done)
-                thinning = 1 if done < 0 else self.thinning
-                call_key = jax.random.fold_in(key_run, len(parts) + done + self.num_warmup)
-                state, out = _advance(_CHUNK, count, thinning, setup, state, call_key)
-                if done >= 0:
-                    parts.append(out if _is_traced(out) else jax.device_get(out))
-                done = 0 if done < 0 and done + count >= 0 else done + count
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            messages.append(
-                f"ab.mh: interrupted after {len(parts) * _CHUNK} of {kept} draws per chain; those "
-                f"are returned."
-            )
-        traced = _is_traced(parts)
-        join = jnp.concatenate if traced else np.concatenate
-        draws, active, stats = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
+
+        def advance(state, key, count, thinning, warming):
+            return _advance(_CHUNK, count, thinning, setup, state, key)
+
+        state, (draws, active, stats), _, messages = run_sweeps(
+            "mh", advance, state, key_run, num_warmup=self.num_warmup,
+            num_samples=self.num_samples, thinning=self.thinning, chunk=_CHUNK,
+            progress_bar=self.progress_bar,
+        )  # fmt: skip
+        traced = is_traced(draws)
         order = [a for a in problem.program.sites if a in draws]
         if not traced:
             messages += _messages(stats) + _unmixed(draws)
@@ -120,10 +110,6 @@ class mh(Algorithm):
             problem, {a: draws[a] for a in order}, algorithm="mh", diagnostics=stats,
             messages=messages, active=active,
         )  # fmt: skip
-
-
-def _is_traced(tree: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _messages(stats: dict[str, Any]) -> list[str]:
@@ -162,7 +148,7 @@ def _unmixed(draws: dict[str, Any]) -> list[str]:
     ]
 
 
-def _as_proposals(proposal: Any) -> tuple[Model, ...]:
+def as_proposals(proposal: Any) -> tuple[Model, ...]:
     proposals = () if proposal is None else proposal
     proposals = proposals if isinstance(proposals, (tuple, list)) else (proposals,)
     for q in proposals:
@@ -179,7 +165,7 @@ def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:
     init = alg.init
     if isinstance(init, dict):
         trace, _ = _generate_at(n, setup, _chain_values(init, problem, n), key)
-        values = np.zeros(1) if _is_traced(trace) else np.asarray(trace._log_density)
+        values = np.zeros(1) if is_traced(trace) else np.asarray(trace._log_density)
         if not np.isfinite(values).all():
             raise InitializationError(
                 f"ab.mh: init= has log density {values[~np.isfinite(values)][0]} in chain "
@@ -193,7 +179,7 @@ def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:
         else:
             draws = _init_draws(init, problem, n, k)
             trace, ok = _generate_at(n, setup, draws, k)
-        if _is_traced(ok) or bool(np.all(ok)):
+        if is_traced(ok) or bool(np.all(ok)):
             return trace
     raise InitializationError(
         f"ab.mh: no starting point with a finite log density among {20 * _TRIES} prior draws per "
@@ -289,11 +275,11 @@ def _advance(size, count, thinning, setup, state, key):
         back = {a: trace.choices[a] for a in moved.choices}
         reverse, _ = q.generate(k4, back, {**observed, **new.choices}, *args, **kwargs)
         forwards, backwards = proposal_density(moved, new), proposal_density(reverse, trace)
-        possible = _gives_all(moved, new) & _gives_all(reverse, trace)
+        possible = gives_all(moved, new) & gives_all(reverse, trace)
         for a in set(trace.active) & set(trace.choices) - set(moved.choices):
             # The way back draws from the prior what vanishes here.
             score = trace.scores[a]
-            backwards += jnp.sum(jnp.where(_spread(~new.active[a], score), score, 0.0))
+            backwards += jnp.sum(jnp.where(spread(~new.active[a], score), score, 0.0))
         log_ratio = log_weight + backwards - forwards
         return accept(k3, new, trace, jnp.where(possible, log_ratio, -jnp.inf))
 
@@ -339,18 +325,18 @@ def _advance(size, count, thinning, setup, state, key):
     return jax.vmap(chain)(state, keys)
 
 
-def _gives_all(proposed: Any, trace: Any) -> Any:
+def gives_all(proposed: Any, trace: Any) -> Any:
     """Whether a proposal with branches gave a value wherever the model counts one of its sites."""
     possible = jnp.asarray(True)
     for address in set(proposed.active) & set(proposed.choices):
         score = proposed.scores[address]
-        lacking = _spread(~proposed.active[address], score)
+        lacking = spread(~proposed.active[address], score)
         if address in trace.active:
-            lacking &= _spread(trace.active[address], score)
+            lacking &= spread(trace.active[address], score)
         possible &= ~jnp.any(lacking)
     return possible
 
 
-def _spread(on: Any, score: Any) -> Any:
+def spread(on: Any, score: Any) -> Any:
     """A flag per mapped element, for every element of a batch."""
     return on.reshape(on.shape + (1,) * (score.ndim - on.ndim))

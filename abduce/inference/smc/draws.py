@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from abduce.ppl import _jax
 from abduce.ppl.site import Site, elementwise
 
-__all__ = ["draw_site", "draw_many"]
+__all__ = ["draw_many", "draw_site", "score_site"]
 
-_STRUCTURAL = frozenset(
-    "slice squeeze reshape dynamic_slice gather transpose broadcast_in_dim copy copy_p".split()
-)
+_STRUCTURAL = (
+    "slice", "squeeze", "reshape", "dynamic_slice", "gather", "transpose", "broadcast_in_dim",
+    "copy", "copy_p",
+)  # fmt: skip
 
 
 def draw_many(draw: Callable[..., Any], key: Any, n: int, operands: Sequence[Any], mapped: Any):

@@ -24,7 +24,7 @@ from abduce.inference.smc.population import Population
 from abduce.inference.smc.scan import run_proposal
 from abduce.ppl.interpreter import walk
 from abduce.ppl.operations import outside_scopes, to_physical
-from abduce.ppl.program import Arguments, Program, stage_packed
+from abduce.ppl.program import Arguments, stage_packed
 from abduce.ppl.replay import Given
 
 __all__ = ["filter_posterior", "run_filter"]
@@ -43,6 +43,7 @@ def run_filter(
     known: dict[str, Any] | None = None,
     resume: Any = (),
     population: Population | None = None,
+    num_steps: Any = None,
 ) -> dict[str, Any]:
     """Runs a program for a population; traceable.
 
@@ -56,6 +57,7 @@ def run_filter(
         known: Draws of latents that an earlier run has weighed, `(N, ...)`, in the users' layout.
         resume: Per scan, the carry to start from.
         population: The weights to start from.
+        num_steps: Scans of the top level weigh only so many first steps (traced); None: all.
 
     Returns:
         'values' and 'active' by address, `(N, ...)` in the users' layout; 'population';
@@ -81,7 +83,8 @@ def run_filter(
         initial = initial or guide.start
         lookahead = lookahead or guide.lookahead
     walker = Walker(
-        settings, live_variables(program.jaxpr), proposal, lookahead, tuple(resume), messages
+        settings, live_variables(program.jaxpr), proposal, lookahead, tuple(resume), messages,
+        num_steps,
     )  # fmt: skip
     state = Cloud(
         first_keys(program.jaxpr, key), inputs, population or Population.start(walker.n),

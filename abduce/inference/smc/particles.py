@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from abduce.errors import InvalidModel
 from abduce.inference.smc.draws import draw_site, score_site
-from abduce.inference.smc.population import Population, Resampling, take
+from abduce.inference.smc.population import Resampling, take
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import (
     State,
@@ -32,6 +32,7 @@ from abduce.ppl.interpreter import (
 )
 from abduce.ppl.replay import Given, _draw, log_density_of, score_element
 from abduce.ppl.site import Site, has_sites, site_p
+from abduce.ppl.support import bijection
 
 __all__ = ["Cloud", "Particles", "Settings", "Walker"]
 
@@ -61,13 +62,15 @@ class Settings:
         store: 'paths' keeps each particle's whole past, 'filter' only moments of each step.
         smoothing: 'genealogy' traces the ancestors back; 'ffbs' simulates backwards.
         ancestor_sampling: In conditional runs, the retained path gets a new past at each step.
+        num_paths: How many paths 'ffbs' simulates (all particles share them); None: N.
     """
 
     num_particles: int
-    resampling: Resampling = Resampling()
+    resampling: Resampling
     store: str = "paths"
     smoothing: str = "genealogy"
     ancestor_sampling: bool = False
+    num_paths: int | None = None
 
     @property
     def conditional(self) -> bool:
@@ -156,6 +159,7 @@ class Walker:
         lookahead: Called with the next step's `(given, carry, x)`; a log weight, or None.
         resume: Per scan of the top level, the carry to start from, or nothing.
         messages: Per-step inputs for the proposal and the look-ahead of the first scan, or None.
+        num_steps: Scans of the top level weigh only so many first steps; None: all.
     """
 
     settings: Settings
@@ -164,6 +168,7 @@ class Walker:
     lookahead: Any = None
     resume: Sequence[Any] = ()
     messages: Any = None
+    num_steps: Any = None
 
     def proposal_of(self, number: int) -> Any:
         """The proposal for a scan of the top level; one alone is for the first scan."""
@@ -283,6 +288,8 @@ class Walker:
             return state.wrap(value) if mapped[i] else value
         if given is not None and given.mask is None:
             value, differs = state.resolve(given.value)
+            if given.unconstrained:
+                return self._coordinates(site, ops, mapped, value, differs, state)
             if given.shared:  # draws from an earlier posterior: their density counted there
                 self._record(site, ops, mapped, given.value, state)
                 return given.value
@@ -297,6 +304,23 @@ class Walker:
         out = state.wrap(value)
         if state.mode != "score":
             self._record(site, ops, mapped, out, state)
+        return out
+
+    def _coordinates(self, site, ops, mapped, u, differs, state):
+        """A latent given by its unconstrained coordinates: its density counts, per coordinate."""
+
+        def element(o, u):
+            d = site.build(o)
+            bij = bijection(d, site)
+            x = bij(u)
+            score, _ = score_element(d, x, site, o, True)
+            return x.astype(site.dtype), jnp.sum(score) + jnp.sum(bij.log_abs_det_jacobian(u, x))
+
+        value, score = score_site(site, element, self.n, ops, mapped, (u, differs))
+        by_particle = differs or any(mapped)
+        state.add(_total(score, by_particle))
+        out = state.wrap(value) if by_particle else value
+        self._record(site, ops, mapped, out, state)
         return out
 
     def _latent(self, site, ops, mapped, state):
@@ -561,5 +585,3 @@ def evidence_scans(jaxpr: Any, given: Mapping[str, Given]) -> bool:
         elif any(evidence_scans(s, given) for s in _jax.subjaxprs(eqn)):
             return True
     return False
-
-

@@ -89,7 +89,6 @@ def take(tree: Any, ancestors: Any) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, ancestors, axis=0, mode="clip"), tree)
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Resampling:
     """When and how a population is resampled.

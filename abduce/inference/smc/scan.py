@@ -146,9 +146,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
                 amap, psi,
             )  # fmt: skip
             before = (carry, consts, population)
-            population, moved, ancestors, due = settings.resampling(
-                key[STEP], population, movable
-            )
+            population, moved, ancestors, due = settings.resampling(key[STEP], population, movable)
             if settings.ancestor_sampling:
                 new = _new_ancestor(
                     frame, before, jax.random.fold_in(key[STEP], 2), xs, inputs, held, inner_state
@@ -177,6 +175,9 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             later = jnp.where(there, later, 0.0)
             inner.add(later - psi)
             psi = later
+        if outermost and walker.num_steps is not None:
+            counted = x["step"] < walker.num_steps
+            inner.increments = jnp.where(counted, inner.increments, 0.0)
         before_evidence = population.total
         inner.settle()
         new_carry = [
@@ -210,12 +211,13 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         state.settle()
     x: dict[str, Any] = {"xs": frame.xs, "inputs": sliced, "retained": retained, "keys": keys}
     x["message"] = messages
+    x["step"] = steps[::-1] if frame.reverse else steps  # in the order of execution
     if looking:
         x["next"] = _shifted((sliced, frame.xs, messages), frame)
     frame.start = (init, state.population.log_weights)
     amap = jnp.arange(frame.n, dtype=jnp.int32)
     loop = (init, frame.consts, state.population, amap, psi)
-    (carry, consts, state.population, amap, _), ys = jax.lax.scan(
+    (carry, _, state.population, amap, _), ys = jax.lax.scan(
         body, loop, x, length=frame.length, reverse=frame.reverse, unroll=frame.unroll
     )
     if resamples:

@@ -91,7 +91,8 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     n, last = frame.n, (0 if frame.reverse else frame.length - 1)
     population: Population = state.population
     k_last, k_steps = jax.random.split(jax.random.fold_in(state.keys["\0step"], 7))
-    index = jax.random.categorical(k_last, population.log_weights, shape=(n,))
+    paths = frame.walker.settings.num_paths or n
+    index = jax.random.categorical(k_last, population.log_weights, shape=(paths,))
     values = jax.tree.map(lambda v: take(v[last], index), traced)
     addresses = [a for a in traced["records"] if a in frame.addresses]
 
@@ -108,8 +109,8 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
             return jax.random.categorical(key, logits)
 
         return jax.lax.map(
-            lambda a: one(*a), (latents(later), jax.random.split(key, n)),
-            batch_size=min(n, max(1, 1_000_000 // n)),
+            lambda a: one(*a), (latents(later), jax.random.split(key, paths)),
+            batch_size=min(paths, max(1, 1_000_000 // n)),
         )  # fmt: skip
 
     def back(later, step):
@@ -139,4 +140,8 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     join = (lambda a, b: jnp.concatenate([b[None], a])) if frame.reverse else (
         lambda a, b: jnp.concatenate([a, b[None]])
     )  # fmt: skip
-    return jax.tree.map(join, chosen, values), root.astype(jnp.int32)
+    out = jax.tree.map(join, chosen, values)
+    if paths < n:
+        spread = jnp.arange(n) % paths
+        out, root = jax.tree.map(lambda v: jnp.take(v, spread, axis=1), out), root[spread]
+    return out, root.astype(jnp.int32)
