@@ -35,12 +35,15 @@ from abduce.errors import (
 )
 from abduce.inference import init
 from abduce.inference.algorithm import Algorithm
+from abduce.inference.estimated import marginal, normalize
 from abduce.inference.importance import importance
 from abduce.inference.laplace import laplace
 from abduce.inference.mcmc.algorithms import hmc, nuts
 from abduce.inference.mcmc.mh import mh
 from abduce.inference.posterior import Posterior
+from abduce.inference.smc import guiding
 from abduce.inference.smc.algorithms import smc
+from abduce.inference.smc.guided import guided
 from abduce.inference.smc.particle_gibbs import particle_gibbs
 from abduce.inference.smc.pmmh import pmmh
 from abduce.inference.smc.smc2 import smc2
@@ -91,16 +94,20 @@ __all__ = [
     "factor",
     "from_numpyro",
     "graph",
+    "guided",
+    "guiding",
     "hmc",
     "importance",
     "init",
     "laplace",
     "load",
     "log_density",
+    "marginal",
     "masked",
     "mh",
     "model",
     "noncentered",
+    "normalize",
     "nuts",
     "param",
     "particle_gibbs",

@@ -76,3 +76,48 @@ class Simulator(_numpyro.Distribution):
         d.args = children[0]
         _numpyro.Distribution.__init__(d, (), event_shape)
         return d
+
+
+class Estimated(_numpyro.Distribution):
+    """A law whose density is known only through unbiased estimates; `ab.marginal` and
+    `ab.normalize` make it.
+
+    Args:
+        law: Static. `law.draw(*operands)` is a draw, a function of operands that are random;
+            `law.estimate(key, value, drawn, *operands)` is the log density estimate, where `drawn`
+            says whether the value is that draw.
+        operands: Arrays.
+        shape, dtype: Of a value, which is one event.
+        support: A constraint, or None.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, law: Any, operands: Any, shape: Any, dtype: Any, support: Any = None):
+        self.law, self.operands = law, tuple(operands)
+        self.value_dtype, self._support = dtype, support
+        super().__init__(batch_shape=(), event_shape=tuple(shape))
+
+    @property
+    def support(self) -> Any:
+        return self._support
+
+    def sample(self, key, sample_shape=()):
+        if sample_shape != ():
+            raise NotImplementedError("one draw at a time")
+        return self.law.draw(*self.operands)
+
+    def estimate(self, key: Any, value: Any, drawn: bool) -> Any:
+        """The log density estimate, in nats."""
+        return self.law.estimate(key, value, drawn, *self.operands)
+
+    def tree_flatten(self):
+        return (self.operands,), (self.law, self.event_shape, self.value_dtype, self._support)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        d = cls.__new__(cls)
+        d.law, event_shape, d.value_dtype, d._support = aux
+        d.operands = children[0]
+        _numpyro.Distribution.__init__(d, (), event_shape)
+        return d

@@ -77,6 +77,29 @@ class importance(Algorithm):
             )
         return self._checked(problem, values, active, log_weights)
 
+    def conditional_evidence(
+        self, key: Any, model: Any, args: Any, kwargs: Any, choices: dict[str, Any]
+    ) -> Any:
+        """Log evidence estimate of a run in which one draw is `choices`.
+
+        Its weight and those of `num_samples - 1` fresh draws are averaged.
+        """
+        k1, k2 = jax.random.split(key)
+        if self.proposal is None:
+            trace, weight = model.generate(k1, choices, *args, **kwargs)
+            own = weight - sum((jnp.sum(trace.scores[a]) for a in choices), start=0.0)
+        else:
+            q, _ = self.proposal.generate(k1, choices, {}, *args, **kwargs)
+            trace, weight = model.generate(k1, choices, *args, **kwargs)
+            rest = [a for a in choices if a not in q.choices]
+            own = weight - q.log_density - sum((jnp.sum(trace.scores[a]) for a in rest), start=0.0)
+        keys = jax.random.split(k2, self.num_samples)[1:]
+        others = jax.vmap(
+            lambda k: model.generate(k, {}, *args, proposal=self.proposal, **kwargs)[1]
+        )(keys)
+        weights = jnp.concatenate([own[None], others])
+        return jax.nn.logsumexp(weights) - jnp.log(self.num_samples)
+
     def _checked(self, problem, values, active, log_weights):
         bad = np.isnan(log_weights) | (log_weights == np.inf)
         messages = []

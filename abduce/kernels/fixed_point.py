@@ -3,7 +3,7 @@
 A resampling scheme compares uniform points with `C[j] = N (w[0] + ... + w[j])`. In float32 such
 sums are wrong by whole counts beyond some 1e5 particles, and a sum made in blocks need not even
 increase, so that a particle of weight zero could be drawn. Here a number of counts is a pair of
-integers, `whole + part / 2**19`, and sums of pairs are exact: `C` increases, stays where a weight
+integers, `whole + part / 2**18`, and sums of pairs are exact: `C` increases, stays where a weight
 is zero, ends at exactly `N`, and means the same on every device.
 """
 
@@ -24,18 +24,18 @@ __all__ = [
     "uniform_below_size",
 ]
 
-BITS = 19  # 32 parts sum to at most 2**24, exactly in float32
+BITS = 18  # the parts of a block and a carry sum to less than 2**24
 ONE = 1 << BITS
 MASK = ONE - 1
+BLOCK = 32
 EXACT = 1 << 24  # float32 holds every whole number up to here
-SMALL = 1 << (31 - BITS)  # fewer counts than this, with their parts, fit into an int32
-NARROW = 8  # block of running sums by addition
-WIDE = 32  # block of running sums by multiplication with a triangle of ones
+FEW = 1 << 13  # for fewer particles 32 random bits are a whole part and a part
 SHRINK = 1 - 2.0**-18  # below one by more than the rounding of a float32 tree sum
+SHY = 1 - 2.0**-20  # what is added to sums must not lift them above their bound by rounding
 
 
 class Counts(NamedTuple):
-    """Numbers `whole + part / 2**19`, both int32, `part < 2**19`."""
+    """Numbers `whole + part / 2**18`, both int32, `part < 2**18`."""
 
     whole: jax.Array
     part: jax.Array
@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 def cumulative(weights: jax.Array) -> Counts:
     """Cumulative sums of the weights, scaled so that the last is exactly their number.
 
-    Each weight is rounded to a multiple of `2**-19` counts. The rounded weights sum to `N` within
+    Each weight is rounded to a multiple of `2**-18` counts. The rounded weights sum to `N` within
     a relative 1e-5; what is missing is added in proportion to the sum so far.
 
     Args:
@@ -52,10 +52,9 @@ def cumulative(weights: jax.Array) -> Counts:
 
     Returns:
         `C`, shape `(N,)`; increasing; `C[j] == C[j - 1]` exactly where `weights[j]` is zero (or
-        below `2**-20` counts), and `(N, 0)` from the last positive weight on.
+        below `2**-19` counts), and `(N, 0)` from the last positive weight on.
     """
     n, dtype = weights.shape[0], weights.dtype
-    weights = lax.optimization_barrier(weights)  # else each use below computes `exp` again
     counts = weights * (n / _sum(weights))
     # The sums are stretched, only upwards so that they still increase. Whole numbers need none.
     is_whole = jnp.all(counts == jnp.floor(counts))
@@ -65,12 +64,13 @@ def cumulative(weights: jax.Array) -> Counts:
     so_far = whole.astype(dtype)
     if n < EXACT:  # beyond, float32 holds not every whole number, and this might decrease
         so_far = so_far + part.astype(dtype) / ONE
-    stretch = so_far * (jnp.maximum(missing, 0) / (n - missing))
+    stretch = so_far * (jnp.maximum(missing, 0) / (n - missing) * SHY)
     stretch_whole = jnp.floor(stretch)
     stretch_part = ((stretch - stretch_whole) * ONE).astype(jnp.int32)
-    stretched = _carry(whole + stretch_whole.astype(jnp.int32), part + stretch_part)
-    is_end = ((whole == whole[-1]) & (part == part[-1])) | (stretched.whole >= n)
-    return Counts(jnp.where(is_end, n, stretched.whole), jnp.where(is_end, 0, stretched.part))
+    whole, part = _carry(whole + stretch_whole.astype(jnp.int32), part + stretch_part)
+    indices = jnp.arange(n)
+    is_end = indices >= jnp.max(jnp.where(weights > 0, indices, 0))
+    return Counts(jnp.where(is_end, n, whole), jnp.where(is_end, 0, part))
 
 
 def differences(sums: Counts) -> Counts:
@@ -79,18 +79,9 @@ def differences(sums: Counts) -> Counts:
     return _carry(whole, part)  # a negative part borrows: shifts of int32 keep the sign
 
 
-def cumsum(x: jax.Array, largest: int | None = None) -> jax.Array:
-    """Cumulative sums of int32, shape `(n,)`.
-
-    Args:
-        x: Non-negative, int32.
-        largest: Upper bound of the sums; `n` if not given.
-    """
-    n = x.shape[0]
-    local = _running(x, (n if largest is None else largest) < EXACT)
-    if local.shape[0] > 1:
-        local = local + _shifted(cumsum(local[:, -1], n if largest is None else largest))[:, None]
-    return local.reshape(-1)[:n]
+def cumsum(x: jax.Array) -> jax.Array:
+    """Cumulative sums of non-negative int32, shape `(n,)`, that do not exceed `n`."""
+    return _cumsum(x, x.shape[0] < EXACT)
 
 
 def ancestors_from_ends(ends: jax.Array, n: int) -> jax.Array:
@@ -104,8 +95,7 @@ def ancestors_from_ends(ends: jax.Array, n: int) -> jax.Array:
     Returns:
         int32, shape `(n,)`, increasing.
     """
-    finished = jnp.zeros(n, jnp.int32).at[ends].add(1, mode="drop")
-    return cumsum(finished)
+    return cumsum(jnp.zeros(n, jnp.int32).at[ends].add(1, mode="drop"))
 
 
 def invert(sums: Counts, points: Counts) -> jax.Array:
@@ -148,7 +138,7 @@ def uniform_below(key: jax.Array, shape: tuple[int, ...], bound: Counts) -> Coun
 
 def uniform_below_size(key: jax.Array, n: int) -> Counts:
     """`n` uniform numbers in `[0, n)`, with as many random bits as their resolution needs."""
-    if n >= SMALL:
+    if n >= FEW:
         return uniform_below(key, (n,), Counts(jnp.int32(n), jnp.int32(0)))
     whole, fraction = _multiply(jax.random.bits(key, (n,), jnp.uint32), jnp.uint32(n))
     return Counts(whole.astype(jnp.int32), (fraction >> (32 - BITS)).astype(jnp.int32))
@@ -160,22 +150,53 @@ def _carry(whole: jax.Array, part: jax.Array) -> Counts:
 
 def _rounded_sums(x: jax.Array) -> Counts:
     """Exact cumulative sums of floats rounded to fixed point."""
-    if x.shape[0] < SMALL:  # one word holds all
-        sums = cumsum(jnp.round(x * ONE).astype(jnp.int32), EXACT)
-        return _carry(jnp.zeros_like(sums), sums)
     whole = jnp.floor(x)
     part = jnp.round((x - whole) * ONE)
-    return _cumsum_counts(Counts(whole.astype(jnp.int32), part.astype(jnp.int32)), x.shape[0])
+    counts = Counts(whole.astype(jnp.int32), part.astype(jnp.int32))
+    return _cumsum_counts(counts, x.shape[0] < EXACT)
 
 
-def _cumsum_counts(x: Counts, largest: int) -> Counts:
+def _cumsum_counts(x: Counts, in_float: bool) -> Counts:
+    """Cumulative sums of counts, level by level.
+
+    Blocks are summed, the sums cumulated, and each block runs on from the sum before it. That sum
+    is added to the block's first entry: added to all of its results, XLA's CPU compiler would walk
+    through all levels again for each of them.
+    """
     n = x.whole.shape[0]
-    whole, part = _running(x.whole, largest < EXACT), _running(x.part, largest < EXACT)
-    if whole.shape[0] > 1:
-        offset = _cumsum_counts(_carry(whole[:, -1], part[:, -1]), largest)
-        whole = whole + _shifted(offset.whole)[:, None]
-        part = part + _shifted(offset.part)[:, None]
-    return Counts(*(y.reshape(-1)[:n] for y in _carry(whole, part)))
+    if n <= BLOCK:
+        return _carry(_running(x.whole[None], in_float)[0], _running(x.part[None], True)[0])
+    whole, part = (_blocks(y, BLOCK) for y in x)
+    before = _cumsum_counts(_carry(jnp.sum(whole, axis=1), jnp.sum(part, axis=1)), in_float)
+    whole = _running(_start_from(whole, before.whole), in_float).reshape(-1)[:n]
+    part = _running(_start_from(part, before.part), True).reshape(-1)[:n]
+    return _carry(whole, part)
+
+
+def _cumsum(x: jax.Array, in_float: bool) -> jax.Array:
+    if x.shape[0] <= BLOCK:
+        return _running(x[None], in_float)[0]
+    blocks = _blocks(x, BLOCK)
+    before = _cumsum(jnp.sum(blocks, axis=1), in_float)
+    return _running(_start_from(blocks, before), in_float).reshape(-1)[: x.shape[0]]
+
+
+def _start_from(blocks: jax.Array, sums: jax.Array) -> jax.Array:
+    before = jnp.concatenate([jnp.zeros(1, sums.dtype), sums[:-1]])
+    return blocks + jnp.where(jnp.arange(BLOCK) == 0, before[:, None], 0)
+
+
+def _running(blocks: jax.Array, in_float: bool) -> jax.Array:
+    """Cumulative sums along the last axis.
+
+    By multiplication with a triangle of ones where float32 is exact: on a CPU several times faster
+    than `jnp.cumsum`, which is a network of slices there, and no slower elsewhere.
+    """
+    if not in_float:
+        return jnp.cumsum(blocks, axis=1)
+    ones = jnp.triu(jnp.ones((blocks.shape[1], blocks.shape[1]), jnp.float32))
+    sums = jnp.dot(blocks.astype(jnp.float32), ones, precision=lax.Precision.HIGHEST)
+    return sums.astype(jnp.int32)
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -187,28 +208,6 @@ def _sum(x: jax.Array) -> jax.Array:
 def _blocks(x: jax.Array, size: int) -> jax.Array:
     num_blocks = -(-x.shape[0] // size)
     return jnp.pad(x, (0, num_blocks * size - x.shape[0])).reshape(num_blocks, size)
-
-
-def _running(x: jax.Array, is_exact_in_float: bool) -> jax.Array:
-    """Cumulative sums inside each block, shape `(blocks, size)`.
-
-    On a CPU either form is several times faster than `jnp.cumsum`, a network of slices. The
-    barriers keep XLA from computing what comes before again for each entry of a block.
-    """
-    if x.shape[0] >= SMALL and is_exact_in_float:
-        ones = jnp.triu(jnp.ones((WIDE, WIDE), jnp.float32))
-        blocks = _blocks(x.astype(jnp.float32), WIDE)
-        sums = jnp.dot(blocks, ones, precision=lax.Precision.HIGHEST)
-        return sums.astype(jnp.int32)
-    blocks = lax.optimization_barrier(_blocks(x, NARROW))
-    columns = [blocks[:, 0]]
-    for i in range(1, NARROW):
-        columns.append(columns[-1] + blocks[:, i])
-    return lax.optimization_barrier(jnp.stack(columns, axis=1))
-
-
-def _shifted(x: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.zeros(1, x.dtype), x[:-1]])
 
 
 def _multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

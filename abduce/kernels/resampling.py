@@ -12,7 +12,7 @@ A scheme draws `N` ancestors `a` so that particle `j` appears `N w[j]` times on 
 - `optimal_transport`: slot `i` draws from row `i` of an optimal coupling, so that its ancestor is
   close to particle `i`.
 
-Unbiasedness is exact up to the arithmetic, `2**-19` counts (see `fixed_point`); a particle of
+Unbiasedness is exact up to the arithmetic, `2**-18` counts (see `fixed_point`); a particle of
 weight zero is never drawn. `conditional` draws the twin that particle Gibbs needs.
 
 References: Chopin and Papaspiliopoulos, "An Introduction to Sequential Monte Carlo" (2020),

@@ -51,7 +51,7 @@ def weight_terms(log_weights: jax.Array) -> Counts:
 
 
 def uniform_parts(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform multiples of `2**-19` in `[0, 1)`, as integers."""
+    """Uniform multiples of `2**-18` in `[0, 1)`, as integers."""
     return (jax.random.bits(key, shape, jnp.uint32) >> (32 - BITS)).astype(jnp.int32)
 
 

@@ -95,8 +95,8 @@ def row_draws(key: jax.Array, matrix: jax.Array) -> jax.Array:
 def _cost(positions: jax.Array, log_w: jax.Array) -> jax.Array:
     cost = jnp.sum((positions[:, None, :] - positions[None, :, :]) ** 2, axis=-1)
     w = jnp.exp(log_w)
-    scale = lax.stop_gradient(w @ cost @ w)
-    scale = jnp.where(scale > 0, scale, jnp.max(lax.stop_gradient(cost)))  # one particle has all
+    scale = w @ cost @ w
+    scale = jnp.where(scale > 0, scale, jnp.max(cost))  # else one place has all the weight
     return cost / jnp.where(scale > 0, scale, 1)
 
 

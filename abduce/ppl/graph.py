@@ -312,6 +312,8 @@ def graph_of(program: Program) -> Graph:
 
     def visit(v: Visit) -> Iterable[Label]:
         site, address = v.site, v.site.address
+        if site.kind == "auxiliary":  # no node: what it was made from goes through
+            return v.inputs
         edges.update(Edge(str(x.source), address, int(bool(x.past))) for x in v.inputs)
         scans.setdefault(address, v.scans)
         together.extend((conds.setdefault(cond, address), address) for cond, _ in site.branches)
@@ -325,7 +327,11 @@ def graph_of(program: Program) -> Graph:
         return {v.label(address)} | v.operand("obs") | v.operand("mask")
 
     propagate(program.jaxpr, visit)
-    sites = {a: _node(info, a not in unnormalized) for a, info in program.sites.items()}
+    sites = {
+        a: _node(info, a not in unnormalized)
+        for a, info in program.sites.items()
+        if info.kind != "auxiliary"
+    }
     together.extend((e.source, e.target) for e in edges)
     groups = _groups(program.sites, sites, together, scans)
     return Graph(program.name, sites, edges, groups)

@@ -120,12 +120,13 @@ class Model(eqx.Module):
         given = prepare_given(program, choices, where="choices")
         require_latents(program, given, "m.log_density")
         require_density(program, "m.log_density")
+        key = None if key is None else typed_key(key, "m.log_density")
         for address, info in program.latents.items():
             if address not in given and info.conditional:
                 given[address] = absent(info)
         given.update(prepare_params(program, params))
-        replay = Replay(record=frozenset({"missing"}), soft_missing=True)
-        out = execute(replay, arguments, None, given)
+        replay = Replay(record=frozenset({"missing"}), soft_missing=True, only_estimates=True)
+        out = execute(replay, arguments, key, given)
         return _poison(out["log_density"], out["records"], "m.log_density")
 
     def generate(
@@ -212,9 +213,7 @@ def absent(info: Any) -> Given:
     return Given(jnp.zeros(info.shape, info.dtype), jnp.zeros(info.shape[: info.batch_ndim], bool))
 
 
-def proposal_inputs(
-    program: Program, proposed: Trace, given: dict[str, Given]
-) -> dict[str, Given]:
+def proposal_inputs(program: Program, proposed: Trace, given: dict[str, Given]) -> dict[str, Given]:
     """Checks a proposal's choices against the target's latents, and supplies them."""
     choices = proposed.choices
     unknown = [a for a in choices if a not in program.latents]
@@ -228,9 +227,7 @@ def proposal_inputs(
             f"{sorted(a for a in program.latents if a not in given)}."
         )
     values = {
-        a: masked(x, _elements(proposed.active[a], program.sites[a]))
-        if a in proposed.active
-        else x
+        a: masked(x, _elements(proposed.active[a], program.sites[a])) if a in proposed.active else x
         for a, x in choices.items()
     }
     return prepare_given(program, values, where="proposal")

@@ -90,12 +90,14 @@ class Replay:
         soft_missing: With no key, conditional sites without a value are recorded as missing
             where they are active, instead of being an error.
         predictive: Observations in the program are ignored: those sites are drawn anew.
+        only_estimates: The key is for estimated densities; nothing may be drawn with it.
     """
 
     record: frozenset[str] = frozenset({"value"})
     score: bool = True
     soft_missing: bool = False
     predictive: bool = False
+    only_estimates: bool = False
 
     def site(self, site: Site, operands: Sequence[Any], given: Given | None, key: Any, acc: Sums):
         if site.kind == "factor":
@@ -103,6 +105,8 @@ class Replay:
         if site.kind == "param":
             value = jnp.asarray(operands[0] if given is None else given.value, site.dtype)
             return [value], acc, {"value": value} if "value" in self.record else None
+        if site.kind == "auxiliary":
+            return [self._auxiliary(site, operands, key)], acc, None
         if site.kind == "deterministic":
             value = broadcast_operand(site, operands[0], 0)
             record = {"value": value} if "value" in self.record else {}
@@ -116,6 +120,12 @@ class Replay:
             i = site.roles.index("guard")
             record["active"] = broadcast_operand(site, operands[i], i)
         return record
+
+    def _auxiliary(self, site, operands, key):
+        if key is None or self.only_estimates:  # then everything it serves is supplied
+            return jnp.zeros(site.full_shape, site.dtype)
+        keys = self._element_keys(site, key)
+        return elementwise(site, lambda ops, k: site.build(ops).sample(k), operands, keys)
 
     def _factor(self, site, operands, acc):
         score = elementwise(site, lambda ops: log_density_of(site, ops, None), operands)
@@ -133,17 +143,22 @@ class Replay:
         if needs_draw and given is not None and given.hidden is not None:
             needs_draw = False
         missing = None
-        if needs_draw and key is None:
+        if needs_draw and (key is None or self.only_estimates):
             if not (self.soft_missing and (site.branches or given is not None)):
                 raise _missing(site, given)
             missing = True
         keys = self._element_keys(site, key) if needs_draw and missing is None else None
+        estimate_keys = None
+        if scored and is_estimated(site):
+            if key is None:
+                raise estimate_needs_key(site)
+            estimate_keys = self._element_keys(site, jax.random.fold_in(key, 1))
         value = given.value if given is not None else None
         mask = given.mask if given is not None else None
         hidden = given.hidden if given is not None else None
         centering = given.centering if given is not None else None
 
-        def element(ops, k, value, mask, hidden, centering):
+        def element(ops, k, estimate_key, value, mask, hidden, centering):
             d = site.build(ops)
             guard = site.operand(ops, "guard")
             bij: Any = None
@@ -187,7 +202,11 @@ class Replay:
                 x = jnp.where(guard, x, jax.lax.stop_gradient(x))
             out["value"] = x
             if scored:
-                score, inside = score_element(d, x, site, ops, trusted)
+                if estimate_key is None:
+                    score, inside = score_element(d, x, site, ops, trusted)
+                else:
+                    score, inside = d.estimate(estimate_key, x, k is not None), None
+                    score = _modified(site, ops, score)
                 if inside is not None:
                     out["inside"] = inside
                 if jac is not None:
@@ -212,7 +231,9 @@ class Replay:
                 out["location"], out["log_scale"] = b.loc, b.log_scale
             return out
 
-        out = elementwise(site, element, operands, keys, value, mask, hidden, centering)
+        out = elementwise(
+            site, element, operands, keys, estimate_keys, value, mask, hidden, centering
+        )
         if scored:
             score = out["score"]
             if given is not None and given.reference is not None:
@@ -310,8 +331,24 @@ def _in_support(d, x, site):
     return inside
 
 
+def is_estimated(site: Site) -> bool:
+    """Whether a site's density is estimated, which takes a random key."""
+    return site.spec is not None and site.spec.family == "Estimated"
+
+
+def estimate_needs_key(site: Site) -> MissingKey:
+    """The error for a density that is estimated, where there is no key."""
+    return MissingKey(
+        f"the density of site {site.address!r} ({site.where}) is estimated, which takes a random "
+        f"key: m.log_density(choices, ..., key=key). Of the algorithms, ab.mh, ab.importance and "
+        f"ab.smc (as a particle filter) run on estimated densities; gradient methods do not."
+    )
+
+
 def log_density_of(site: Site, ops: Sequence[Any], x: Any) -> Any:
     """Log density of one element, scaled and guarded; of a factor if `x` is None."""
+    if is_estimated(site):
+        raise estimate_needs_key(site)
     if site.kind == "factor":
         return _modified(site, ops, jnp.asarray(ops[0]))
     score, inside = score_element(site.build(ops), x, site, ops, "obs" not in site.roles)

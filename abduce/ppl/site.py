@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +133,8 @@ class Site:
     """The static part of a site.
 
     Attributes:
-        kind: 'sample', 'factor', 'deterministic' or 'param'.
+        kind: 'sample', 'factor', 'deterministic', 'param', or 'auxiliary' (random numbers that are
+            no choice: what `ab.normalize` and `ab.marginal` draw inside).
         address: Absolute, with scopes.
         shape: Of one element, without mapped axes (batch then event).
         dtype: Of the value.
@@ -305,7 +307,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SKIP = (
     _PACKAGE + os.sep,
     contextlib.__file__,
-    *(os.path.dirname(os.path.abspath(m.__file__)) + os.sep for m in (jax, numpyro)),
+    *(os.path.dirname(os.path.abspath(m.__file__)) + os.sep for m in (jax, numpyro, equinox)),
 )
 
 

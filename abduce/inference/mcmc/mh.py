@@ -300,7 +300,8 @@ def _advance(size, count, thinning, setup, state, key):
             trace, ok, nan = move(k, trace)
             oks.append(ok)
             nans.append(nan)
-        return trace, jnp.mean(jnp.stack(oks).astype(jnp.float32)), jnp.stack(nans).sum()
+        rate = jnp.mean(jnp.stack(oks).astype(jnp.float32))
+        return trace, rate, jnp.stack(nans).sum(dtype=jnp.int32)
 
     def chain(trace, key):
         def step(trace, i):

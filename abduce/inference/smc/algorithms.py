@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from abduce.errors import InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.posterior import Posterior
 from abduce.inference.problem import Problem
-from abduce.inference.smc.filtering import filter_posterior
+from abduce.inference.smc.filtering import filter_posterior, run_filter
 from abduce.inference.smc.particles import Settings, evidence_scans
 from abduce.inference.smc.population import Resampling
 from abduce.ppl.model import Model
@@ -112,6 +113,27 @@ class smc(Algorithm):
     def settings(self) -> Settings:
         """How programs are run for the population."""
         return Settings(self.num_particles, self.resampling(), self.store, self.smoothing)
+
+    def conditional_evidence(
+        self, key: Any, model: Model, args: Any, kwargs: Any, choices: dict[str, Any]
+    ) -> Any:
+        """Log evidence estimate of a run in which particle 0 retains `choices`."""
+        program, arguments = model._stage(args, kwargs)
+        if not evidence_scans(program.jaxpr, {}):
+            raise InvalidAlgorithm(
+                f"ab.smc: `{program.name}` has no scan with data in it; a tempered run cannot "
+                f"retain a draw. Use ab.importance(...)."
+            )
+        if self.resampler == "optimal_transport":
+            raise InvalidAlgorithm("ab.smc: 'optimal_transport' has no conditional twin.")
+        settings = dataclasses.replace(
+            self.settings(), resampling=self.resampling(conditional=True), store="filter"
+        )
+        out = run_filter(
+            settings, arguments, {}, key, proposal=self.proposal, initial=self.initial,
+            lookahead=self.lookahead, retained=choices,
+        )  # fmt: skip
+        return out["population"].total
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         if evidence_scans(problem.program.jaxpr, problem.given):

@@ -23,6 +23,7 @@ from abduce.inference.smc.particles import (
 from abduce.inference.smc.population import Population
 from abduce.inference.smc.scan import run_proposal
 from abduce.ppl.interpreter import walk
+from abduce.ppl.masked import Masked
 from abduce.ppl.operations import outside_scopes, to_physical
 from abduce.ppl.program import Arguments, stage_packed
 from abduce.ppl.replay import Given
@@ -78,13 +79,15 @@ def run_filter(
     first: tuple[Any, ...] = ()
     if hasattr(proposal, "messages"):
         guide = proposal
-        messages, message = guide.messages(observed, *args, **kwargs)
+        data = {a: g.value if g.mask is None else Masked(g.value, g.mask) for a, g in given.items()}
+        messages, message = guide.messages(data, *args, **kwargs)
         proposal, first = guide.step, (message,)
         initial = initial or guide.start
         lookahead = lookahead or guide.lookahead
     walker = Walker(
         settings, live_variables(program.jaxpr), proposal, lookahead, tuple(resume), messages,
         num_steps,
+        live_variables(program.jaxpr, weighing=True) if settings.ancestor_sampling else frozenset(),
     )  # fmt: skip
     state = Cloud(
         first_keys(program.jaxpr, key), inputs, population or Population.start(walker.n),

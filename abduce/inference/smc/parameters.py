@@ -19,8 +19,8 @@ from abduce.inference.problem import Problem
 from abduce.inference.smc.blocks import split_latents
 from abduce.inference.smc.filtering import run_filter
 from abduce.inference.smc.particles import Settings
-from abduce.inference.target import FlatTarget, Slot, make_target
-from abduce.ppl.replay import Given
+from abduce.inference.target import FlatTarget, make_target
+from abduce.ppl.replay import Given, Replay
 
 __all__ = ["Evidence", "RandomWalk", "make_evidence"]
 
@@ -31,25 +31,30 @@ class Evidence:
 
     Attributes:
         settings: Of the particles.
-        slots: Where each parameter lies in the flat vector.
-        dim: Its length.
+        target: The parameters alone, as a flat vector.
         lookahead: As of `ab.smc`.
     """
 
     settings: Settings
-    slots: tuple[Slot, ...]
-    dim: int
+    target: FlatTarget
     lookahead: Any = None
+
+    @property
+    def addresses(self) -> set[str]:
+        """Of the parameters."""
+        return {s.address for s in self.target.slots}
+
+    def prior(self, data: Any, u: Any) -> Any:
+        """Log prior density at `u`, with the log Jacobian."""
+        return self.target.split(data["target"], u)[0]
 
     def run(self, data: Any, key: Any, u: Any, num_steps: Any = None) -> dict[str, Any]:
         """Runs the particles at `u`, shape `(dim,)`; as `run_filter`.
 
         With `num_steps`, what is observed later in the scan does not weigh.
         """
-        fixed = {
-            s.address: Given(u[s.start : s.stop].reshape(s.shape), unconstrained=True)
-            for s in self.slots
-        }
+        records = self.target.run(Replay(score=False), data["target"], u)["records"]
+        fixed = {a: Given(records[a]["value"], shared=True) for a in self.addresses}
         return run_filter(
             self.settings, data["arguments"], {**data["given"], **fixed}, key,
             proposal=data["proposal"], initial=data["initial"], lookahead=self.lookahead,
@@ -64,12 +69,13 @@ class Evidence:
         out = self.run(data, k1, u, num_steps)
         population = out["population"]
         index = jax.random.categorical(k2, jnp.log(population.probabilities))
-        return population.total, jax.tree.map(lambda x: x[index], out["values"])
+        total = population.total + self.prior(data, u)
+        return total, jax.tree.map(lambda x: x[index], out["values"])
 
 
 def make_evidence(
     alg: Any, problem: Problem, states: Any, name: str
-) -> tuple[Evidence, dict[str, Any], FlatTarget]:
+) -> tuple[Evidence, dict[str, Any]]:
     """Splits a problem into parameters and states.
 
     Args:
@@ -79,7 +85,7 @@ def make_evidence(
         name: For messages.
 
     Returns:
-        The evidence, its data, and the target of the parameters alone, for its layout.
+        The evidence, and its data.
 
     Raises:
         InvalidAlgorithm: There are no parameters, or one is discrete.
@@ -105,7 +111,7 @@ def make_evidence(
         "initial": alg.initial, "target": inputs,
     }  # fmt: skip
     settings = dataclasses.replace(alg.settings(), store="paths")
-    return Evidence(settings, target.slots, target.dim, alg.lookahead), data, target
+    return Evidence(settings, target, alg.lookahead), data
 
 
 class RandomWalk(eqx.Module):

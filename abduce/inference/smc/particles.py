@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from abduce.errors import InvalidModel
+from abduce.errors import InvalidModel, InvalidValue
 from abduce.inference.smc.draws import draw_site, score_site
 from abduce.inference.smc.population import Resampling, take
 from abduce.ppl import _jax
@@ -30,9 +30,15 @@ from abduce.ppl.interpreter import (
     loop_error,
     walk,
 )
-from abduce.ppl.replay import Given, _draw, log_density_of, score_element
+from abduce.ppl.replay import (
+    Given,
+    _draw,
+    _modified,
+    is_estimated,
+    log_density_of,
+    score_element,
+)
 from abduce.ppl.site import Site, has_sites, site_p
-from abduce.ppl.support import bijection
 
 __all__ = ["Cloud", "Particles", "Settings", "Walker"]
 
@@ -94,12 +100,13 @@ class Cloud(State):
         carries: The last carry of each scan, for resuming.
         mode: 'run'; 'propose' (latents are drawn and scored); 'score' (latents are given by
             `retained` and scored).
+        closed: One path has been drawn backwards (particle Gibbs); nothing may weigh any more.
         scans: How many scans the walk has met; -1 inside one, where none is resumed.
     """
 
     __slots__ = (
-        "carries", "guard", "increments", "keys", "maps", "mode", "population", "proposed",
-        "reports", "retained", "scans", "summaries",
+        "carries", "closed", "guard", "increments", "keys", "maps", "mode", "population",
+        "proposed", "reports", "retained", "scans", "summaries",
     )  # fmt: skip
 
     def __init__(self, keys, inputs, population, *, retained=None, proposed=None, mode="run"):
@@ -115,6 +122,7 @@ class Cloud(State):
         self.reports: list[dict[str, Any]] = []
         self.carries: list[Any] = []
         self.mode = mode
+        self.closed = False
         self.scans = 0
 
     def resolve(self, x: Any) -> tuple[Any, bool]:
@@ -132,6 +140,8 @@ class Cloud(State):
 
     def add(self, log_weights: Any) -> None:
         """Adds log weights, scalar or `(N,)`."""
+        if self.closed and jnp.ndim(log_weights) > 0:
+            raise closed_error()
         if self.guard is not None:
             log_weights = jnp.where(self.guard, log_weights, 0.0)
         self.increments = self.increments + log_weights
@@ -140,6 +150,13 @@ class Cloud(State):
         """Moves the increments into the population."""
         self.population = self.population.reweight(self.increments)
         self.increments = jnp.zeros((), self.population.log_weights.dtype)
+
+
+def closed_error() -> InvalidModel:
+    return InvalidModel(
+        "ab.particle_gibbs(backward_sampling=True) draws the path at the end of the scan, but the "
+        "model has latents or data after it that depend on the path. Use ancestor_sampling alone."
+    )
 
 
 def first_keys(jaxpr: Any, key: Any) -> dict[str, Any]:
@@ -154,6 +171,7 @@ class Walker:
     Attributes:
         settings: See `Settings`.
         live: Variables of the program that something still needs (see `live_variables`).
+        weighed: Variables on which a log density depends; empty without ancestor sampling.
         proposal: Called at each step of a scan as `proposal(given, carry, x)`, or None; a tuple
             has one for each scan of the top level.
         lookahead: Called with the next step's `(given, carry, x)`; a log weight, or None.
@@ -169,6 +187,7 @@ class Walker:
     resume: Sequence[Any] = ()
     messages: Any = None
     num_steps: Any = None
+    weighed: frozenset[Any] = frozenset()
 
     def proposal_of(self, number: int) -> Any:
         """The proposal for a scan of the top level; one alone is for the first scan."""
@@ -203,6 +222,8 @@ class Walker:
     def _plain(self, eqn: Any, vals: list[Any], state: Cloud) -> list[Any]:
         pairs = [state.resolve(v) for v in vals]
         arrays = [a for a, _ in pairs]
+        if any(a is None for a in arrays):  # of what a scan returns and nothing needs
+            return [None] * len(eqn.outvars)
         if not any(mapped for _, mapped in pairs):
             return _jax.evaluate(eqn, arrays)
         in_axes = tuple(0 if mapped else None for _, mapped in pairs)
@@ -224,6 +245,10 @@ class Walker:
             given = state.inputs.get(site.address)
             value = jnp.asarray(ops[0] if given is None else given.value, site.dtype)
             return [value]
+        if site.kind == "auxiliary":
+            key = state.keys[site.address]
+            run = lambda k, o: site.build(o).sample(k)  # noqa: E731
+            return [state.wrap(draw_site(site, run, key, self.n, ops, mapped))]
         if site.kind == "deterministic":
             return [self._deterministic(site, ops, mapped, state)]
         return [self._sample(site, ops, mapped, state)]
@@ -288,8 +313,6 @@ class Walker:
             return state.wrap(value) if mapped[i] else value
         if given is not None and given.mask is None:
             value, differs = state.resolve(given.value)
-            if given.unconstrained:
-                return self._coordinates(site, ops, mapped, value, differs, state)
             if given.shared:  # draws from an earlier posterior: their density counted there
                 self._record(site, ops, mapped, given.value, state)
                 return given.value
@@ -300,27 +323,11 @@ class Walker:
         if partly:
             value = self._partly(site, ops, mapped, value, scored, given, state)
         elif scored:
-            self._score(site, ops, mapped, value, True, None, False, state)
+            drawn = address not in state.proposed and state.mode == "propose"
+            self._score(site, ops, mapped, value, True, None, False, state, drawn)
         out = state.wrap(value)
         if state.mode != "score":
             self._record(site, ops, mapped, out, state)
-        return out
-
-    def _coordinates(self, site, ops, mapped, u, differs, state):
-        """A latent given by its unconstrained coordinates: its density counts, per coordinate."""
-
-        def element(o, u):
-            d = site.build(o)
-            bij = bijection(d, site)
-            x = bij(u)
-            score, _ = score_element(d, x, site, o, True)
-            return x.astype(site.dtype), jnp.sum(score) + jnp.sum(bij.log_abs_det_jacobian(u, x))
-
-        value, score = score_site(site, element, self.n, ops, mapped, (u, differs))
-        by_particle = differs or any(mapped)
-        state.add(_total(score, by_particle))
-        out = state.wrap(value) if by_particle else value
-        self._record(site, ops, mapped, out, state)
         return out
 
     def _latent(self, site, ops, mapped, state):
@@ -331,6 +338,12 @@ class Walker:
             return (value if differs else jnp.broadcast_to(value, (self.n, *value.shape))), True
         if address in state.proposed:
             (value, _), scored = state.resolve(state.proposed[address]), True
+            if value.shape[1:] != site.full_shape:
+                raise InvalidValue(
+                    f"the proposal draws {address!r} with shape {value.shape[1:]}, but the model "
+                    f"has it with shape {site.full_shape}."
+                )
+            value = value.astype(site.dtype)
         else:
             value = draw_site(
                 site, lambda k, o: _draw(site.build(o), k, site), state.keys[address], self.n,
@@ -366,8 +379,11 @@ class Walker:
         self._score(site, ops, mapped, value, True, counted, False, state)
         return value
 
-    def _score(self, site, ops, mapped, value, differs, counted, trusted, state):
+    def _score(self, site, ops, mapped, value, differs, counted, trusted, state, drawn=False):
         """Adds the log density of a value, or of the elements that count."""
+        if is_estimated(site):
+            self._estimate(site, ops, mapped, value, differs, drawn, state)
+            return
 
         def element(o, x, counts):
             score, inside = score_element(site.build(o), x, site, o, trusted)
@@ -376,6 +392,23 @@ class Walker:
 
         score = score_site(site, element, self.n, ops, mapped, (value, differs), counted)
         state.add(_total(score, any(mapped) or differs or counted is not None))
+
+    def _estimate(self, site, ops, mapped, value, differs, drawn, state):
+        """Adds a density that is estimated: every particle has its own random numbers."""
+        if drawn and self.settings.conditional:
+            raise InvalidModel(
+                f"site {site.address!r} has an estimated density, so a conditional run cannot "
+                f"retain it."
+            )
+        key = jax.random.fold_in(state.keys[site.address], 1)
+        keys = jax.random.split(key, (self.n, *site.axis_sizes))
+
+        def element(o, x, key):
+            return _modified(site, o, site.build(o).estimate(key, x, drawn))
+
+        state.add(_total(
+            score_site(site, element, self.n, ops, mapped, (value, differs), (keys, True)), True
+        ))  # fmt: skip
 
     # ------------------------------------------------------------------ branches
 
@@ -387,11 +420,12 @@ class Walker:
         pairs = [state.resolve(v) for v in vals]
         (index, by_particle), operands = pairs[0], pairs[1:]
         branches = eqn.params["branches"]
+        live = [v in self.live for v in eqn.outvars]
         if by_particle:
-            return self._each_branch(branches, index, vals[1:], state)
-        return self._one_branch(branches, index, operands, state)
+            return self._each_branch(branches, index, vals[1:], live, state)
+        return self._one_branch(branches, index, operands, live, state)
 
-    def _each_branch(self, branches, index, operands, state):
+    def _each_branch(self, branches, index, operands, live, state):
         outer, results = state.guard, []
         for i, branch in enumerate(branches):
             on = index == i
@@ -399,7 +433,10 @@ class Walker:
             results.append(walk(self, branch, operands, state))
         state.guard = outer
         outs = []
-        for values in zip(*results, strict=True):
+        for needed, *values in zip(live, *results, strict=True):
+            if not needed:
+                outs.append(None)
+                continue
             arrays = [self._wide(v, state) for v in values]
             picked = jax.vmap(jax.lax.select_n)(index, *arrays)
             outs.append(state.wrap(picked))
@@ -409,7 +446,7 @@ class Walker:
         array, mapped = state.resolve(x)
         return array if mapped else jnp.broadcast_to(array, (self.n, *jnp.shape(array)))
 
-    def _one_branch(self, branches, index, operands, state):
+    def _one_branch(self, branches, index, operands, live, state):
         flags = [m for _, m in operands]
 
         def runner(branch):
@@ -427,8 +464,13 @@ class Walker:
                     a: {k: self._wide(v, inner) for k, v in r.items()}
                     for a, r in inner.records.items()
                 }
-                total = jnp.broadcast_to(inner.increments, (self.n,))
-                return [self._wide(x, inner) for x in outs], total, records
+                inner.settle()  # scans inside have moved their weights into the population
+                before = state.population.log_weights
+                total = inner.population.log_weights - jnp.where(before > -jnp.inf, before, 0.0)
+                needed = [
+                    self._wide(x, inner) if m else None for x, m in zip(outs, live, strict=True)
+                ]  # fmt: skip
+                return needed, total, records
 
             return run
 
@@ -455,7 +497,7 @@ class Walker:
         state.add(total)
         for address, record in records.items():
             state.records[address] = {k: state.wrap(v) for k, v in record.items()}
-        return [state.wrap(x) for x in outs]
+        return [None if x is None else state.wrap(x) for x in outs]
 
 
 def _spread(site: Site, x: Any, i: int) -> Any:
@@ -472,22 +514,25 @@ def _total(score: Any, by_particle: bool) -> Any:
 # ---------------------------------------------------------------------- static analysis
 
 
-def live_variables(jaxpr: Any, outputs: Sequence[bool] | None = None) -> frozenset[Any]:
+def live_variables(
+    jaxpr: Any, outputs: Sequence[bool] | None = None, *, weighing: bool = False
+) -> frozenset[Any]:
     """Variables of a program, at any depth, on which a site or a wanted output depends.
 
     Args:
         jaxpr: The program.
         outputs: Which of its outputs are wanted; none by default (what a model returns does not
             matter to its posterior).
+        weighing: Sites that only record a value do not count.
     """
     live: set[Any] = set()
     inner, _ = _jax.inner_jaxpr(jaxpr)
     wanted = [False] * len(inner.outvars) if outputs is None else outputs
-    _mark(inner, wanted, live)
+    _mark(inner, wanted, live, weighing)
     return frozenset(live)
 
 
-def _mark(jaxpr: Any, wanted: Sequence[bool], live: set[Any]) -> None:
+def _mark(jaxpr: Any, wanted: Sequence[bool], live: set[Any], weighing: bool) -> None:
     def need(atom):
         if not isinstance(atom, _jax.Literal):
             live.add(atom)
@@ -497,19 +542,22 @@ def _mark(jaxpr: Any, wanted: Sequence[bool], live: set[Any]) -> None:
             need(atom)
     for eqn in reversed(jaxpr.eqns):
         outs = [v in live for v in eqn.outvars]
-        sited = eqn.primitive is site_p or any(has_sites(s) for s in _jax.subjaxprs(eqn))
+        if eqn.primitive is site_p:
+            sited = not (weighing and eqn.params["site"].kind == "deterministic")
+        else:
+            sited = any(has_sites(s) for s in _jax.subjaxprs(eqn))
         if not (sited or any(outs)):
             continue
         for atom in eqn.invars:
             need(atom)
         if eqn.primitive is _jax.scan_p:
             nk = _jax.scan_split(eqn)[1]
-            _mark(_jax.inner_jaxpr(eqn.params["jaxpr"])[0], [True] * nk + outs[nk:], live)
+            _mark(_jax.inner_jaxpr(eqn.params["jaxpr"])[0], [True] * nk + outs[nk:], live, weighing)
         elif sited and eqn.primitive is not site_p:
             for sub in _jax.subjaxprs(eqn):
                 inner, _ = _jax.inner_jaxpr(sub)
                 same = len(inner.outvars) == len(outs)
-                _mark(inner, outs if same else [True] * len(inner.outvars), live)
+                _mark(inner, outs if same else [True] * len(inner.outvars), live, weighing)
 
 
 def differing(jaxpr: Any, flags: Sequence[bool], cloud: Cloud) -> list[bool]:
@@ -561,6 +609,20 @@ def carry_flags(body: Any, flags: Sequence[bool], nc: int, nk: int, cloud: Cloud
         if new == carry:
             return carry
         carry = new
+
+
+def estimated_addresses(jaxpr: Any) -> set[str]:
+    """Addresses of the sites whose density is estimated, at any depth."""
+    inner, _ = _jax.inner_jaxpr(jaxpr)
+    found: set[str] = set()
+    for eqn in inner.eqns:
+        if eqn.primitive is site_p:
+            if is_estimated(eqn.params["site"]):
+                found.add(eqn.params["site"].address)
+        else:
+            for sub in _jax.subjaxprs(eqn):
+                found |= estimated_addresses(sub)
+    return found
 
 
 def evidence_scans(jaxpr: Any, given: Mapping[str, Given]) -> bool:

@@ -18,7 +18,6 @@ from abduce.inference.problem import Problem
 from abduce.inference.smc.algorithms import smc
 from abduce.inference.smc.parameters import Evidence, RandomWalk, make_evidence
 from abduce.inference.smc.starts import prior_coordinates
-from abduce.inference.target import FlatTarget
 
 __all__ = ["pmmh"]
 
@@ -73,9 +72,9 @@ class pmmh(Algorithm):
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         problem.require_latents("ab.pmmh")
-        evidence, data, target = make_evidence(self.via, problem, self.states, "ab.pmmh")
+        evidence, data = make_evidence(self.via, problem, self.states, "ab.pmmh")
         k1, k2, k3 = jax.random.split(key, 3)
-        u, total, values = _begin(self.num_chains, evidence, target, data, k1)
+        u, total, values = _begin(self.num_chains, evidence, data, k1)
         if not is_traced(total) and not np.isfinite(np.asarray(total)).all():
             raise InitializationError(
                 f"ab.pmmh: chain {int(np.argmin(np.isfinite(np.asarray(total))))} found no "
@@ -94,7 +93,7 @@ class pmmh(Algorithm):
         sd = _noise(evidence, data, state[0], k3)
         stats["log_evidence_sd"] = sd
         if not is_traced(draws):
-            messages += _messages(stats, draws, {s.address for s in evidence.slots})
+            messages += _messages(stats, draws, evidence.addresses)
         order = [a for a in problem.program.sites if a in draws]
         return make_posterior(
             problem, {a: draws[a] for a in order}, algorithm="pmmh", diagnostics=stats,
@@ -102,14 +101,14 @@ class pmmh(Algorithm):
         )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(num_chains: int, evidence: Evidence, target: FlatTarget, data: Any, key: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(num_chains: int, evidence: Evidence, data: Any, key: Any) -> Any:
     """The best of a few prior draws for each chain."""
 
     def one(key):
         def attempt(i):
             k1, k2 = jax.random.split(jax.random.fold_in(key, i))
-            u = prior_coordinates(target, data, k1)
+            u = prior_coordinates(evidence.target, data, k1)
             return (u, *evidence(data, k2, u))
 
         us, totals, values = jax.lax.map(attempt, jnp.arange(_TRIES))

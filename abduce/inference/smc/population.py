@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import equinox as eqx
@@ -111,7 +112,7 @@ class Resampling:
                 f"unknown resampler {self.scheme!r}; there are {', '.join(known)}."
                 f"{suggest(str(self.scheme), known)}"
             )
-        if not 0 <= self.threshold <= 1:
+        if not isinstance(self.threshold, numbers.Real) or not 0 <= self.threshold <= 1:
             raise InvalidAlgorithm(
                 f"the ESS threshold is a fraction of the particles, in [0, 1], got "
                 f"{self.threshold!r}. 0 never resamples, 1 always."

@@ -7,6 +7,7 @@ and Papaspiliopoulos, "An Introduction to Sequential Monte Carlo" (2020), chapte
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from abduce.errors import InvalidModel, InvalidValue
-from abduce.inference.smc.particles import STEP, Cloud, Particles, Walker, carry_flags
+from abduce.inference.smc.particles import (
+    STEP,
+    Cloud,
+    Particles,
+    Walker,
+    carry_flags,
+    closed_error,
+    estimated_addresses,
+    live_variables,
+)
 from abduce.inference.smc.population import Population, take
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import addresses, walk
+from abduce.ppl.masked import Masked
 from abduce.ppl.operations import outside_scopes
 from abduce.ppl.program import stage
 
@@ -35,6 +46,7 @@ class Frame:
         carry, carry_flags: The first carry.
         xs, xs_flags: Per-step inputs, time in front.
         live: Which per-step outputs something still needs.
+        weighed: Which of them a log density depends on (with ancestor sampling).
     """
 
     def __init__(self, walker: Walker, eqn: Any, vals: Sequence[Any], state: Cloud):
@@ -58,9 +70,11 @@ class Frame:
             for (a, m), want, v in zip(pairs[nc : nc + nk], self.carry_flags, avals, strict=True)
         ]
         self.live = [v in walker.live for v in eqn.outvars[nk:]]
+        self.weighed = [v in walker.weighed for v in eqn.outvars[nk:]]
         self.addresses = sorted(addresses(self.body))
+        self.estimated = estimated_addresses(self.body)
         self.nk = nk
-        self.start: Any = None  # the first carry and the log weights there
+        self.start: Any = None  # the first carry and the population there
 
     def _wide(self, x, mapped, wanted):
         return jnp.broadcast_to(x, (self.n, *jnp.shape(x))) if wanted and not mapped else x
@@ -98,6 +112,8 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
     """Runs a scan that has sites, for all particles."""
     frame = Frame(walker, eqn, vals, state)
     settings = walker.settings
+    if state.closed:
+        raise closed_error()
     number = state.scans
     inside_branch = state.guard is not None or state.conditional
     resamples = settings.resampling.threshold > 0 and not inside_branch and state.mode == "run"
@@ -106,6 +122,11 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         state.scans += 1
         if state.mode == "run" and number < len(walker.resume):
             resumed = walker.resume[number]
+    renews = settings.ancestor_sampling and resamples and number >= 0
+    if renews:
+        from abduce.inference.smc.smoothing import require_renewable
+
+        require_renewable(frame)
     init = frame.carry if resumed is None else _resumed(frame, resumed)
     steps = jnp.arange(frame.length, dtype=jnp.uint32)
     keys = {
@@ -121,7 +142,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         array, mapped = state.resolve(state.retained[a])
         retained[a], retained_flags[a] = (jnp.moveaxis(array, 1, 0) if mapped else array), mapped
     outermost = number >= 0 and state.mode == "run"
-    looking = walker.lookahead is not None and outermost
+    looking = walker.lookahead is not None and outermost and frame.length > 0
     proposal = walker.proposal_of(number) if outermost else None
     messages = walker.messages if outermost and number == 0 else None
     static: dict[str, Any] = {}  # what a trace of the body finds out about its outputs
@@ -146,8 +167,10 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
                 amap, psi,
             )  # fmt: skip
             before = (carry, consts, population)
-            population, moved, ancestors, due = settings.resampling(key[STEP], population, movable)
-            if settings.ancestor_sampling:
+            population, moved, ancestors, due = settings.resampling(
+                key[STEP], population, movable, _positions(frame, settings, carry)
+            )
+            if renews:  # not in a nested scan: what follows it outside would weigh as well
                 new = _new_ancestor(
                     frame, before, jax.random.fold_in(key[STEP], 2), xs, inputs, held, inner_state
                 )
@@ -163,14 +186,22 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             ]  # fmt: skip
         inner = inner_state(key, inputs, held, population)
         if proposal is not None:
-            args = (_observations(inputs), *frame.trees(consts, carry, xs), *_extra(x["message"]))
+            args = (_observations(inputs, x["message"]), *frame.trees(consts, carry, xs), *_extra(x["message"]))
             key_q = jax.random.fold_in(key[STEP], 1)
             run_proposal(walker, proposal, args, inner, key_q, frame.addresses)
         outs = walk(walker, frame.body, frame.wrapped(consts, carry, xs), inner)
         pairs = [inner.resolve(o) for o in outs]
+        consts = [inner.resolve(v)[0] for v in frame.wrapped_consts(consts)]
+        for extra in inner.maps:  # of scans inside this step
+            amap = take(amap, extra)
+            ancestors = extra if ancestors is None else take(ancestors, extra)
+            psi = take(psi, extra)
         if looking:
             (inputs_next, xs_next, message_next), there = x["next"]
             ends = [a for a, _ in pairs[: frame.nk]]
+            xs_next = [
+                take(v, amap) if m else v for v, m in zip(xs_next, frame.xs_flags, strict=True)
+            ]  # fmt: skip
             later = ahead(consts, ends, inputs_next, xs_next, message_next)
             later = jnp.where(there, later, 0.0)
             inner.add(later - psi)
@@ -184,13 +215,11 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             frame._wide(a, m, want)
             for (a, m), want in zip(pairs[: frame.nk], frame.carry_flags, strict=True)
         ]
-        consts = [inner.resolve(v)[0] for v in frame.wrapped_consts(consts)]
-        for extra in inner.maps:  # of scans inside this step
-            amap = take(amap, extra)
-            ancestors = extra if ancestors is None else take(ancestors, extra)
-            psi = take(psi, extra)
         report = {"ess": inner.population.ess, "resampled": due}
-        report["log_evidence"] = inner.population.total - before_evidence
+        lost = jnp.isneginf(before_evidence)  # no NaN once all weights are zero
+        report["log_evidence"] = jnp.where(
+            lost, 0.0, inner.population.total - jnp.where(lost, 0.0, before_evidence)
+        )
         y = _collect(frame, inner, pairs, static, settings, state)
         y["report"] = report
         y["nested"] = inner.reports
@@ -214,7 +243,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
     x["step"] = steps[::-1] if frame.reverse else steps  # in the order of execution
     if looking:
         x["next"] = _shifted((sliced, frame.xs, messages), frame)
-    frame.start = (init, state.population.log_weights)
+    frame.start = (init, state.population)
     amap = jnp.arange(frame.n, dtype=jnp.int32)
     loop = (init, frame.consts, state.population, amap, psi)
     (carry, _, state.population, amap, _), ys = jax.lax.scan(
@@ -222,12 +251,34 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
     )
     if resamples:
         state.maps.append(amap)
+    if renews:
+        from abduce.inference.smc.smoothing import require_unweighed
+
+        require_unweighed(frame, static["ys"])
     return _finish(frame, state, carry, ys, static, (x, settings, inner_state, number))
+
+
+def _positions(frame: Frame, settings: Any, carry: Sequence[Any]) -> Any:
+    """Where particles are, `(N, d)`, for the one scheme that looks: the carry, scaled."""
+    if settings.resampling.scheme != "optimal_transport":
+        return None
+    columns = [
+        c.reshape(frame.n, -1)
+        for c, m in zip(carry, frame.carry_flags, strict=True)
+        if m and jnp.issubdtype(c.dtype, jnp.inexact)
+    ]
+    if not columns:
+        raise InvalidModel(
+            "ab.smc(resampler='optimal_transport') needs distances between particles, but the "
+            "scan's carry has no floating-point latent. Use another resampler."
+        )
+    x = jnp.concatenate(columns, axis=1)
+    return x / jnp.maximum(jnp.std(x, axis=0), jnp.finfo(x.dtype).tiny)
 
 
 def _draws(address: str, frame: Frame, state: Cloud) -> bool:
     given = state.inputs.get(address)
-    return given is None or given.mask is not None
+    return given is None or given.mask is not None or address in frame.estimated
 
 
 def _resumed(frame: Frame, carry: Sequence[Any]) -> list[Any]:
@@ -299,11 +350,16 @@ def _finish(frame, state, carry, ys, static, context) -> list[Any]:
             for a, r in ys["records"].items()
         },
     }
-    if "backward" in ys:
+    if "backward" in ys and frame.length > 0:
         from abduce.inference.smc.smoothing import simulate_backwards
 
-        traced, root = simulate_backwards(frame, state, ys, traced, x, inner_state)
+        traced, root, last = simulate_backwards(frame, state, ys, traced, x, inner_state)
         state.maps[-1] = root
+        carry = [
+            take(c, last) if m else c for c, m in zip(carry, frame.carry_flags, strict=True)
+        ]  # fmt: skip
+        if settings.num_paths == 1:
+            state.closed = True
     elif "ancestors" in ys:
         traced = _genealogy(traced, ys["ancestors"], frame)
     elif settings.store == "filter" and "ancestors" not in ys and any(frame.live):
@@ -323,7 +379,7 @@ def _finish(frame, state, carry, ys, static, context) -> list[Any]:
             for k, v in record.items()
         }
     state.summaries.update(ys["summaries"])
-    state.reports.append(ys["report"])
+    state.reports.append({**ys["report"], "start": frame.start[1].total})
     state.reports.extend(ys["nested"])
     if number >= 0:
         state.carries.append(
@@ -356,9 +412,15 @@ def _genealogy(traced: Any, ancestors: Any, frame: Frame) -> Any:
 # ---------------------------------------------------------------------- proposals, look-ahead
 
 
-def _observations(inputs: Any) -> dict[str, Any]:
-    """What a proposal is told of a step: the observed values, by address."""
-    return {a: g.value for a, g in inputs.items() if g.mask is None}
+def _observations(inputs: Any, message: Any) -> dict[str, Any]:
+    """What a proposal is told of a step: the observed values, by address.
+
+    Partly observed ones come as `ab.masked` values; with messages, these know them.
+    """
+    partly = {} if message is not None else {
+        a: Masked(g.value, g.mask) for a, g in inputs.items() if g.mask is not None
+    }  # fmt: skip
+    return {a: g.value for a, g in inputs.items() if g.mask is None} | partly
 
 
 def _stand_ins(tree: Any, leaves: dict[int, Any]) -> Any:
@@ -388,7 +450,8 @@ def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: An
         mode="propose",
     )  # fmt: skip
     q.scans = -1
-    walk(walker, program.jaxpr, inputs, q)
+    own = dataclasses.replace(walker, live=live_variables(program.jaxpr))
+    walk(own, program.jaxpr, inputs, q)
     latents = {a: s for a, s in program.sites.items() if s.is_latent}
     unknown = [a for a in latents if a not in known]
     taken = [a for a in latents if a in state.inputs and state.inputs[a].mask is None]
@@ -407,7 +470,8 @@ def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: An
 
 def _lookahead(frame: Frame, consts, carry, inputs, xs, extra) -> Any:
     """`lookahead(given, carry, x)` of each particle."""
-    values = (_observations(inputs), *frame.trees(consts, carry, xs), *extra)
+    message = extra[0] if extra else None
+    values = (_observations(inputs, message), *frame.trees(consts, carry, xs), *extra)
     is_particles = lambda v: isinstance(v, Particles)  # noqa: E731
     leaves, treedef = jax.tree.flatten(values, is_leaf=is_particles)
     axes = [0 if is_particles(v) else None for v in leaves]

@@ -20,7 +20,6 @@ from abduce.inference.smc.parameters import Evidence, RandomWalk, make_evidence
 from abduce.inference.smc.pmmh import metropolis_step
 from abduce.inference.smc.population import Population, Resampling
 from abduce.inference.smc.starts import prior_coordinates
-from abduce.inference.target import FlatTarget
 
 __all__ = ["smc2"]
 
@@ -81,11 +80,11 @@ class smc2(Algorithm):
                 "ab.smc2 decides on the host when to rejuvenate, so it cannot run under jax.jit or "
                 "jax.vmap. Call it in a Python loop, or use ab.pmmh."
             )
-        evidence, data, target = make_evidence(self.via, problem, self.states, "ab.smc2")
+        evidence, data = make_evidence(self.via, problem, self.states, "ab.smc2")
         k0, k1 = jax.random.split(key)
-        u, cumulative, values, before = _begin(self.num_particles, evidence, target, data, k0)
+        u, cumulative, values = _begin(self.num_particles, evidence, data, k0)
         num_steps = cumulative.shape[1] - 1
-        population = Population.start(self.num_particles).reweight(before)
+        population = Population.start(self.num_particles).reweight(cumulative[:, 0])
         rule = Resampling(self.resampler, 1.0)
         time, rounds = 0, 0
         record: dict[str, list[Any]] = {"times": [], "acceptance_rate": [], "inner_particles": []}
@@ -137,27 +136,27 @@ class smc2(Algorithm):
 
 
 def _run_inside(evidence: Evidence, data: Any, key: Any, u: Any) -> Any:
-    """Log of prior times evidence after each step, `(steps + 1,)`, and one draw of everything."""
+    """Log evidence after each step, `(steps + 1,)`, and one draw of everything."""
     k1, k2 = jax.random.split(key)
     out = evidence.run(data, k1, u)
     population = out["population"]
-    increments = out["reports"][0]["log_evidence"]
-    end = population.total
-    # What is weighed before the scan, the prior of the parameters included, stands at step 0.
-    after = jnp.cumsum(increments[::-1])[::-1]
-    cumulative = jnp.concatenate([end - after, end[None]])
+    report = out["reports"][0]
+    # What is weighed before the scan stands at step 0, and so does what is weighed after it.
+    inside = jnp.cumsum(report["log_evidence"])
+    later = population.total - report["start"] - jnp.sum(report["log_evidence"])
+    start = report["start"] + jnp.where(jnp.isnan(later), 0.0, later)
+    cumulative = jnp.concatenate([start[None], start + inside])
     index = jax.random.categorical(k2, jnp.log(population.probabilities))
     return cumulative, jax.tree.map(lambda x: x[index], out["values"])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(m: int, evidence: Evidence, target: FlatTarget, data: Any, key: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(m: int, evidence: Evidence, data: Any, key: Any) -> Any:
     def one(key):
         k1, k2 = jax.random.split(key)
-        u = prior_coordinates(target, data, k1)
+        u = prior_coordinates(evidence.target, data, k1)
         cumulative, values = _run_inside(evidence, data, k2, u)
-        prior, _ = target.split(data["target"], u)
-        return u, cumulative, values, _difference(cumulative[0], prior)
+        return u, cumulative, values
 
     return jax.vmap(one)(jax.random.split(key, m))
 
@@ -196,11 +195,11 @@ def _rejuvenate(rule, num_moves, evidence, data, particles, population, time, ke
 
     def full(data, key, u, num_steps):
         cumulative, values = _run_inside(evidence, data, key, u)
-        return jnp.take(cumulative, time), (cumulative, values)
+        return jnp.take(cumulative, time) + evidence.prior(data, u), (cumulative, values)
 
     def move(i, loop):
         (u, cumulative, values), rate = loop
-        held = jnp.take(cumulative, time, axis=1)
+        held = jnp.take(cumulative, time, axis=1) + jax.vmap(lambda u: evidence.prior(data, u))(u)
         u, _, (cumulative, values), accepted = metropolis_step(
             full, data, walk, u, held, (cumulative, values), jax.random.fold_in(k2, i)
         )

@@ -22,7 +22,7 @@ from abduce.inference.smc.population import Population, take
 from abduce.ppl import _jax
 from abduce.ppl.dataflow import Label, propagate
 
-__all__ = ["require_markov", "simulate_backwards"]
+__all__ = ["require_markov", "require_renewable", "require_unweighed", "simulate_backwards"]
 
 
 def require_markov(body: Any, num_consts: int, num_carry: int, call: str, differs: Any) -> None:
@@ -63,6 +63,33 @@ def require_markov(body: Any, num_consts: int, num_carry: int, call: str, differ
             )
 
 
+def require_renewable(frame: Any) -> None:
+    """Ancestor sampling weighs a new past by the next step alone; the rest may not depend on it.
+
+    Raises:
+        InvalidModel: Later steps, or sites after the scan, depend on the past otherwise than
+            through the carry.
+    """
+    call = "ab.particle_gibbs(ancestor_sampling=True)"
+    require_markov(frame.body, len(frame.consts), frame.nk, call, frame.carry_flags)
+    if any(frame.xs_flags) or any(frame.const_flags):
+        raise InvalidModel(
+            f"{call}: steps of the scan depend on a state drawn before it otherwise than through "
+            f"the carry. Leave it out of states= (it is a parameter then), or set "
+            f"ancestor_sampling=False."
+        )
+
+
+def require_unweighed(frame: Any, differs: Any) -> None:
+    """As `require_renewable`, of what the scan returns for each step."""
+    if any(w and m for w, m in zip(frame.weighed, differs, strict=True)):
+        raise InvalidModel(
+            "ab.particle_gibbs(ancestor_sampling=True): a site after the scan depends on what the "
+            "scan returns for each step. Put what it needs into the carry, or set "
+            "ancestor_sampling=False."
+        )
+
+
 def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inner_state: Any):
     """Replaces the values of each step by those of N simulated paths.
 
@@ -75,7 +102,8 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
         inner_state: Makes the state for walking a step.
 
     Returns:
-        As `traced`, along the paths; and which particle each path begins with, before the scan.
+        As `traced`, along the paths; which particle each path begins with, before the scan; and
+        which it ends with.
     """
     from abduce.inference.smc.scan import score_step
 
@@ -131,7 +159,7 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     begin, chosen = jax.lax.scan(back, values, steps, reverse=not frame.reverse)
     at = -1 if frame.reverse else 0
     inputs, xs = jax.tree.map(lambda v: v[at], (x["inputs"], x["xs"]))
-    carry, log_weights = frame.start
+    carry, log_weights = frame.start[0], frame.start[1].log_weights
     root = choose(begin, carry, log_weights, inputs, xs, jax.random.fold_in(k_last, 1))
     state.population = Population(
         jnp.zeros_like(population.log_weights), population.total,
@@ -144,4 +172,5 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     if paths < n:
         spread = jnp.arange(n) % paths
         out, root = jax.tree.map(lambda v: jnp.take(v, spread, axis=1), out), root[spread]
-    return out, root.astype(jnp.int32)
+        index = index[spread]
+    return out, root.astype(jnp.int32), index.astype(jnp.int32)
