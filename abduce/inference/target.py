@@ -83,9 +83,7 @@ class FlatTarget:
         out = self.split_run(data, q)
         return out["log_density"], out["weight"]
 
-    def split_run(
-        self, data: Any, q: Any, record: frozenset[str] = frozenset()
-    ) -> dict[str, Any]:
+    def split_run(self, data: Any, q: Any, record: frozenset[str] = frozenset()) -> dict[str, Any]:
         """`run` with the log prior as `log_density` and the log likelihood as `weight`."""
         sites = self.program(data).sites
         conditional = [s for s in self.slots if sites[s.address].conditional]
