@@ -284,6 +284,82 @@ class Posterior(eqx.Module):
 
         return log_likelihood(self, batch_size=batch_size)
 
+    def update(
+        self,
+        key: Any,
+        *new_args: Any,
+        given: Mapping[str, Any] | None = None,
+        redraw: Any = (),
+        via: Any = None,
+        **new_kwargs: Any,
+    ) -> Posterior:
+        """The posterior given new data as well (sequential updating).
+
+        Arguments and `given` describe the new data alone; latents are shared with the data before.
+        Draws are weighted by the likelihood of the new data. Where the effective sample size falls
+        below a threshold they are resampled and moved, leaving the posterior given *all* data
+        invariant (Chopin 2002); a batch that says much enters in parts. In regular models moves
+        become rarer and rarer: the total cost grows linearly with the number of batches.
+
+        The posterior of a particle filter goes on with the new steps of its scans instead, from
+        where they ended, at a cost that does not grow. Its draws are paths of the new steps.
+        `ab.factor` counts as data: it is added with each update.
+
+        Args:
+            key: Random key.
+            *new_args, **new_kwargs: Arguments of the model for the new data.
+            given: The new data, by address.
+            redraw: A selection of latents drawn anew for the new data, from their prior given the
+                shared ones (effects of new groups); so is what depends on them. `post[...]` has
+                the latest.
+            via: An `ab.smc(...)` whose `threshold`, `resampler`, `kernel` and `num_moves` apply
+                from now on. None: those so far, at first those that made the posterior, or the
+                defaults.
+
+        Returns:
+            Weighted draws in one chain. `arguments` and `given` are those of the new data;
+            `log_evidence` is that of all data if that of the start was known (draws of
+            `m.prior(...)` start from 0), else None. Diagnostics: `ess`; `num_parts`, after how
+            many parts of the batch particles were moved; since the start, `num_batches`,
+            `num_moved` and `evaluations` (of one batch at one particle).
+
+        Raises:
+            InvalidValue: A latent does not fit the new arguments; or the posterior was loaded.
+            DiscreteLatent: A latent is discrete (filters excepted).
+            Degenerate: No draw explains the new data.
+
+        Example:
+            >>> post = m.posterior(key, x, given={"y": y})
+            >>> post = post.update(key2, x_new, given={"y": y_new})
+        """
+        from abduce.inference.smc.updating import update
+
+        return update(self, key, new_args, new_kwargs, given=given, redraw=redraw, via=via)
+
+    def as_model(self, *, keep: Any = None, num_components: int = 512) -> Any:
+        """A model of the latents, for use as prior, proposal or guide.
+
+        A kernel density of the draws in transformed coordinates, shrunk so that mean and
+        covariance there are kept (Liu and West 2001); see `abduce.inference.as_model`.
+
+        Args:
+            keep: A selection of the latents; None: all but missing data.
+            num_components: Most draws to use.
+
+        Returns:
+            A Model that ignores its arguments.
+
+        Raises:
+            InvalidValue: The posterior was loaded from disk, or is traced.
+            InvalidModel: A latent is in a branch, or its support depends on other latents.
+
+        Example:
+            >>> later = ab.with_prior(m, post.as_model())
+        """
+        from abduce.inference.as_model import as_model
+
+        return as_model(self, keep=keep, num_components=num_components)
+
     # ---------------------------------------------------------------- elsewhere
 
     def to_arviz(self, *, log_likelihood: bool = True, predictive: Any = None) -> Any:
