@@ -47,6 +47,8 @@ from abduce.inference.smc.guided import guided
 from abduce.inference.smc.particle_gibbs import particle_gibbs
 from abduce.inference.smc.pmmh import pmmh
 from abduce.inference.smc.smc2 import smc2
+from abduce.inference.smc.steering import steer
+from abduce.inference.smc.steering_checks import check_potential
 from abduce.inference.stored import load
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
@@ -87,6 +89,7 @@ __all__ = [
     "Trace",
     "UnknownAddress",
     "bijection",
+    "check_potential",
     "condition",
     "deterministic",
     "dist",
@@ -120,6 +123,7 @@ __all__ = [
     "sel",
     "smc",
     "smc2",
+    "steer",
     "while_loop",
     "with_prior",
 ]

@@ -59,7 +59,7 @@ def _unpack(words: Any, like: Sequence[Any]) -> list[Any]:
     for x in like:
         dtype = jnp.dtype(x.dtype)
         stored = dtype
-        if dtype == bool:
+        if dtype == jnp.dtype(bool):
             stored = jnp.dtype(jnp.uint32)
         elif dtype.itemsize < 4:
             stored = jnp.dtype(
@@ -104,6 +104,14 @@ class _Law:
 
     def model(self, dynamic: Sequence[Any]) -> tuple[Model, Any, Any]:
         return Arguments(self.static, list(dynamic)).unpack()
+
+    def run(self, key: Any, *operands: Any) -> Any:
+        """The words of a run."""
+        raise NotImplementedError
+
+    def estimate(self, key: Any, choices: Any, drawn: bool, words: Any, operands: Any) -> Any:
+        """Log density estimate of all choices."""
+        raise NotImplementedError
 
 
 class _Draw:

@@ -9,8 +9,9 @@ from abduce.errors import InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.posterior import Posterior
 from abduce.inference.problem import Problem
+from abduce.inference.smc.cloud import Settings
 from abduce.inference.smc.filtering import filter_posterior, run_filter
-from abduce.inference.smc.particles import Settings, evidence_scans
+from abduce.inference.smc.flow import evidence_scans
 from abduce.inference.smc.population import Resampling
 from abduce.ppl.model import Model
 
@@ -56,6 +57,8 @@ class smc(Algorithm):
             see what no particle has met, so it alone may not decide.
         path: Tempering: 'likelihood', 'data' (observations enter along their leading axis), or a
             tuple of Models over the same latents that leads up to the model.
+        mesh: Filtering: a `jax.sharding.Mesh` over whose first axis the particles are spread. They
+            are resampled globally, as on one device; `num_particles` must divide evenly.
         waste_free: Tempering: length of the chains whose states are all kept (Dau and Chopin
             2022), or None.
 
@@ -83,6 +86,7 @@ class smc(Algorithm):
     min_steps: int = 100
     path: Any = "likelihood"
     waste_free: int | None = None
+    mesh: Any = None
 
     def __post_init__(self):
         check_count("smc", "num_particles", self.num_particles)
@@ -104,6 +108,11 @@ class smc(Algorithm):
                 )
         if self.temperatures is not None:
             object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if self.mesh is not None and self.num_particles % self.mesh.devices.shape[0]:
+            raise InvalidAlgorithm(
+                f"ab.smc: {self.num_particles} particles do not divide evenly over the "
+                f"{self.mesh.devices.shape[0]} devices of mesh={self.mesh.axis_names[0]!r}."
+            )
         self.resampling()
 
     def resampling(self, *, conditional: bool = False) -> Resampling:
@@ -112,7 +121,9 @@ class smc(Algorithm):
 
     def settings(self) -> Settings:
         """How programs are run for the population."""
-        return Settings(self.num_particles, self.resampling(), self.store, self.smoothing)
+        return Settings(
+            self.num_particles, self.resampling(), self.store, self.smoothing, mesh=self.mesh
+        )
 
     def conditional_evidence(
         self, key: Any, model: Model, args: Any, kwargs: Any, choices: dict[str, Any]

@@ -12,16 +12,11 @@ import numpy as np
 from abduce.errors import Degenerate
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
-from abduce.inference.smc.particles import (
-    Cloud,
-    Particles,
-    Settings,
-    Walker,
-    first_keys,
-    live_variables,
-)
+from abduce.inference.smc.cloud import Cloud, Particles, Settings, first_keys
+from abduce.inference.smc.flow import live_variables
+from abduce.inference.smc.particles import Walker
 from abduce.inference.smc.population import Population
-from abduce.inference.smc.scan import run_proposal
+from abduce.inference.smc.proposals import run_proposal
 from abduce.ppl.interpreter import walk
 from abduce.ppl.masked import Masked
 from abduce.ppl.operations import outside_scopes, to_physical
@@ -154,7 +149,8 @@ def filter_posterior(
     return make_posterior(
         problem, draws, algorithm="smc", log_weights=final.log_weights[None],
         log_evidence=_number(final.total), diagnostics=diagnostics, messages=messages,
-        active=active, resume={"carries": out["carries"], "population": final},
+        active=active, 
+        resume={"carries": out["carries"], "population": final, "algorithm": alg},
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from abduce.errors import InvalidAlgorithm
 from abduce.inference.problem import Problem
 from abduce.inference.smc.blocks import split_latents
+from abduce.inference.smc.cloud import Settings
 from abduce.inference.smc.filtering import run_filter
-from abduce.inference.smc.particles import Settings
 from abduce.inference.target import FlatTarget, make_target
 from abduce.ppl.replay import Given, Replay
 

@@ -18,8 +18,8 @@ from abduce.inference.mcmc.sweeps import is_traced, run_sweeps
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
 from abduce.inference.smc.blocks import split_latents
+from abduce.inference.smc.cloud import Settings
 from abduce.inference.smc.filtering import run_filter
-from abduce.inference.smc.particles import Settings
 from abduce.inference.smc.population import Resampling
 from abduce.inference.target import FlatTarget, make_target, unconstrain_now
 from abduce.ppl.replay import Given, Replay

@@ -12,20 +12,17 @@ before are read through the maps that came since.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from abduce.errors import InvalidModel, InvalidValue
+from abduce.inference.smc.cloud import Cloud, Particles, Settings
 from abduce.inference.smc.draws import draw_site, score_site
-from abduce.inference.smc.population import Resampling, take
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import (
-    State,
-    address_key,
-    addresses,
     broadcast_operand,
     loop_error,
     walk,
@@ -40,128 +37,7 @@ from abduce.ppl.replay import (
 )
 from abduce.ppl.site import Site, has_sites, site_p
 
-__all__ = ["Cloud", "Particles", "Settings", "Walker"]
-
-STEP = "\0step"  # the pseudo-address of the keys for resampling and proposals
-
-
-class Particles:
-    """A value that differs by particle: `array` has the particle axis in front.
-
-    `version` counts the ancestor maps that it has been read through.
-    """
-
-    __slots__ = ("array", "version")
-
-    def __init__(self, array: Any, version: int = 0):
-        self.array = array
-        self.version = version
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a program is run for a population; static.
-
-    Attributes:
-        num_particles: N.
-        resampling: When and how.
-        store: 'paths' keeps each particle's whole past, 'filter' only moments of each step.
-        smoothing: 'genealogy' traces the ancestors back; 'ffbs' simulates backwards.
-        ancestor_sampling: In conditional runs, the retained path gets a new past at each step.
-        num_paths: How many paths 'ffbs' simulates (all particles share them); None: N.
-    """
-
-    num_particles: int
-    resampling: Resampling
-    store: str = "paths"
-    smoothing: str = "genealogy"
-    ancestor_sampling: bool = False
-    num_paths: int | None = None
-
-    @property
-    def conditional(self) -> bool:
-        return self.resampling.conditional
-
-
-class Cloud(State):
-    """The state of a walk for a population.
-
-    Attributes:
-        keys: Per address, the key of its draws; folded along scans.
-        population: The weights.
-        increments: Log weights not yet added to the population, `(N,)` or scalar.
-        guard: Where the particles are active, `(N,)`, or None: in a branch that some take.
-        maps: Ancestor maps `(N,)` of the scans that have run, in order.
-        retained: Per address, the value of particle 0 in conditional runs; in a 'score' walk, of
-            all.
-        proposed: Per address, values that a proposal drew.
-        summaries: Per address, moments over particles (`store='filter'`).
-        reports: What each scan reports of its steps.
-        carries: The last carry of each scan, for resuming.
-        mode: 'run'; 'propose' (latents are drawn and scored); 'score' (latents are given by
-            `retained` and scored).
-        closed: One path has been drawn backwards (particle Gibbs); nothing may weigh any more.
-        scans: How many scans the walk has met; -1 inside one, where none is resumed.
-    """
-
-    __slots__ = (
-        "carries", "closed", "guard", "increments", "keys", "maps", "mode", "population",
-        "proposed", "reports", "retained", "scans", "summaries",
-    )  # fmt: skip
-
-    def __init__(self, keys, inputs, population, *, retained=None, proposed=None, mode="run"):
-        super().__init__(None, inputs, None)
-        self.keys = keys
-        self.population = population
-        self.increments = jnp.zeros((), jnp.result_type(float))
-        self.guard = None
-        self.maps: list[Any] = []
-        self.retained = retained or {}
-        self.proposed = proposed or {}
-        self.summaries: dict[str, Any] = {}
-        self.reports: list[dict[str, Any]] = []
-        self.carries: list[Any] = []
-        self.mode = mode
-        self.closed = False
-        self.scans = 0
-
-    def resolve(self, x: Any) -> tuple[Any, bool]:
-        """A value read through the maps since, and whether it differs by particle."""
-        if not isinstance(x, Particles):
-            return x, False
-        while x.version < len(self.maps):
-            x.array = take(x.array, self.maps[x.version])
-            x.version += 1
-        return x.array, True
-
-    def wrap(self, array: Any) -> Particles:
-        """A value that differs by particle, made now."""
-        return Particles(array, len(self.maps))
-
-    def add(self, log_weights: Any) -> None:
-        """Adds log weights, scalar or `(N,)`."""
-        if self.closed and jnp.ndim(log_weights) > 0:
-            raise closed_error()
-        if self.guard is not None:
-            log_weights = jnp.where(self.guard, log_weights, 0.0)
-        self.increments = self.increments + log_weights
-
-    def settle(self) -> None:
-        """Moves the increments into the population."""
-        self.population = self.population.reweight(self.increments)
-        self.increments = jnp.zeros((), self.population.log_weights.dtype)
-
-
-def closed_error() -> InvalidModel:
-    return InvalidModel(
-        "ab.particle_gibbs(backward_sampling=True) draws the path at the end of the scan, but the "
-        "model has latents or data after it that depend on the path. Use ancestor_sampling alone."
-    )
-
-
-def first_keys(jaxpr: Any, key: Any) -> dict[str, Any]:
-    """A key per address of a program."""
-    return {a: address_key(key, a) for a in sorted({*addresses(jaxpr), STEP})}
+__all__ = ["Walker"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -349,6 +225,7 @@ class Walker:
                 site, lambda k, o: _draw(site.build(o), k, site), state.keys[address], self.n,
                 ops, mapped,
             )  # fmt: skip
+            value = self.settings.spread(value)
             scored = state.mode == "propose"
         if self.settings.conditional and address in state.retained:
             value = value.at[0].set(state.retained[address].astype(value.dtype))
@@ -509,141 +386,3 @@ def _total(score: Any, by_particle: bool) -> Any:
     """Sums over elements: per particle, or once for all."""
     score = jnp.asarray(score)
     return jnp.sum(score, axis=tuple(range(1, score.ndim))) if by_particle else jnp.sum(score)
-
-
-# ---------------------------------------------------------------------- static analysis
-
-
-def live_variables(
-    jaxpr: Any, outputs: Sequence[bool] | None = None, *, weighing: bool = False
-) -> frozenset[Any]:
-    """Variables of a program, at any depth, on which a site or a wanted output depends.
-
-    Args:
-        jaxpr: The program.
-        outputs: Which of its outputs are wanted; none by default (what a model returns does not
-            matter to its posterior).
-        weighing: Sites that only record a value do not count.
-    """
-    live: set[Any] = set()
-    inner, _ = _jax.inner_jaxpr(jaxpr)
-    wanted = [False] * len(inner.outvars) if outputs is None else outputs
-    _mark(inner, wanted, live, weighing)
-    return frozenset(live)
-
-
-def _mark(jaxpr: Any, wanted: Sequence[bool], live: set[Any], weighing: bool) -> None:
-    def need(atom):
-        if not isinstance(atom, _jax.Literal):
-            live.add(atom)
-
-    for atom, w in zip(jaxpr.outvars, wanted, strict=True):
-        if w:
-            need(atom)
-    for eqn in reversed(jaxpr.eqns):
-        outs = [v in live for v in eqn.outvars]
-        if eqn.primitive is site_p:
-            sited = not (weighing and eqn.params["site"].kind == "deterministic")
-        else:
-            sited = any(has_sites(s) for s in _jax.subjaxprs(eqn))
-        if not (sited or any(outs)):
-            continue
-        for atom in eqn.invars:
-            need(atom)
-        if eqn.primitive is _jax.scan_p:
-            nk = _jax.scan_split(eqn)[1]
-            _mark(_jax.inner_jaxpr(eqn.params["jaxpr"])[0], [True] * nk + outs[nk:], live, weighing)
-        elif sited and eqn.primitive is not site_p:
-            for sub in _jax.subjaxprs(eqn):
-                inner, _ = _jax.inner_jaxpr(sub)
-                same = len(inner.outvars) == len(outs)
-                _mark(inner, outs if same else [True] * len(inner.outvars), live, weighing)
-
-
-def differing(jaxpr: Any, flags: Sequence[bool], cloud: Cloud) -> list[bool]:
-    """Which outputs of a program differ by particle, if these inputs do."""
-    inner, _ = _jax.inner_jaxpr(jaxpr)
-    env: dict[Any, bool] = dict.fromkeys(inner.constvars, False)
-    env.update(zip(inner.invars, flags, strict=True))
-
-    def read(atom):
-        return False if isinstance(atom, _jax.Literal) else env[atom]
-
-    for eqn in inner.eqns:
-        env.update(zip(eqn.outvars, _differing(eqn, [read(a) for a in eqn.invars], cloud),
-                       strict=True))  # fmt: skip
-    return [read(a) for a in inner.outvars]
-
-
-def _differing(eqn: Any, flags: list[bool], cloud: Cloud) -> list[bool]:
-    if eqn.primitive is site_p:
-        site = eqn.params["site"]
-        if site.kind == "param":
-            return [False]
-        if site.kind != "sample":
-            return [any(flags[:1])] * len(eqn.outvars)
-        if "obs" in site.roles and "mask" not in site.roles:
-            return [flags[site.roles.index("obs")]]
-        given = cloud.inputs.get(site.address)
-        return [given is None or given.mask is not None or isinstance(given.value, Particles)]
-    if not any(has_sites(sub) for sub in _jax.subjaxprs(eqn)):
-        return [any(flags)] * len(eqn.outvars)
-    if eqn.primitive is _jax.scan_p:
-        nc, nk = _jax.scan_split(eqn)
-        carry = carry_flags(eqn.params["jaxpr"], flags, nc, nk, cloud)
-        return differing(eqn.params["jaxpr"], [*flags[:nc], *carry, *flags[nc + nk :]], cloud)
-    if eqn.primitive is _jax.cond_p:
-        return [True] * len(eqn.outvars)
-    call = _jax.call_jaxpr(eqn)
-    if call is None:
-        raise InvalidModel(f"`{eqn.primitive.name}` cannot hold sites.")
-    return differing(call[1], flags, cloud)
-
-
-def carry_flags(body: Any, flags: Sequence[bool], nc: int, nk: int, cloud: Cloud) -> list[bool]:
-    """Which carry slots of a scan differ by particle: a fixpoint."""
-    carry = list(flags[nc : nc + nk])
-    while True:
-        outs = differing(body, [*flags[:nc], *carry, *flags[nc + nk :]], cloud)[:nk]
-        new = [a or b for a, b in zip(carry, outs, strict=True)]
-        if new == carry:
-            return carry
-        carry = new
-
-
-def estimated_addresses(jaxpr: Any) -> set[str]:
-    """Addresses of the sites whose density is estimated, at any depth."""
-    inner, _ = _jax.inner_jaxpr(jaxpr)
-    found: set[str] = set()
-    for eqn in inner.eqns:
-        if eqn.primitive is site_p:
-            if is_estimated(eqn.params["site"]):
-                found.add(eqn.params["site"].address)
-        else:
-            for sub in _jax.subjaxprs(eqn):
-                found |= estimated_addresses(sub)
-    return found
-
-
-def evidence_scans(jaxpr: Any, given: Mapping[str, Given]) -> bool:
-    """Whether a scan of the program has an observed site or a factor in it."""
-    inner, _ = _jax.inner_jaxpr(jaxpr)
-
-    def weighs(jaxpr):
-        inner, _ = _jax.inner_jaxpr(jaxpr)
-        for eqn in inner.eqns:
-            if eqn.primitive is site_p:
-                site = eqn.params["site"]
-                if site.kind == "factor" or "obs" in site.roles or site.address in given:
-                    return True
-            elif any(weighs(s) for s in _jax.subjaxprs(eqn)):
-                return True
-        return False
-
-    for eqn in inner.eqns:
-        if eqn.primitive is _jax.scan_p:
-            if weighs(eqn.params["jaxpr"]):
-                return True
-        elif any(evidence_scans(s, given) for s in _jax.subjaxprs(eqn)):
-            return True
-    return False

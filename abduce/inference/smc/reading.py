@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from abduce.errors import InvalidModel, InvalidValue, UnknownAddress, suggest
-from abduce.inference.smc.scan import _tree as tree_of
+from abduce.inference.smc.proposals import tree_of
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import State, _equation, addresses, walk
 from abduce.ppl.operations import outside_scopes, prepare_given, to_physical

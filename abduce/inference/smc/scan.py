@@ -7,31 +7,26 @@ and Papaspiliopoulos, "An Introduction to Sequential Monte Carlo" (2020), chapte
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from abduce.errors import InvalidModel, InvalidValue
-from abduce.inference.smc.particles import (
-    STEP,
-    Cloud,
-    Particles,
-    Walker,
-    carry_flags,
-    closed_error,
-    estimated_addresses,
-    live_variables,
-)
+from abduce.errors import InvalidModel
+from abduce.inference.smc.cloud import STEP, Cloud, Particles, closed_error
+from abduce.inference.smc.flow import carry_flags, estimated_addresses
+from abduce.inference.smc.particles import Walker
 from abduce.inference.smc.population import Population, take
+from abduce.inference.smc.proposals import (
+    lookahead,
+    observations,
+    root_of,
+    run_proposal,
+    tree_of,
+)
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import addresses, walk
-from abduce.ppl.masked import Masked
-from abduce.ppl.operations import outside_scopes
-from abduce.ppl.program import stage
 
 __all__ = ["Frame", "run_scan"]
 
@@ -99,13 +94,15 @@ class Frame:
                 "the scan's body has no argument names, so a proposal cannot be called with its "
                 "carry and x. Define the body as a plain function `def step(carry, x)`."
             )
-        carry_name = next((_root(s) for s in names[nc : nc + nk]), None)
-        x_name = next((_root(s) for s in names[nc + nk :]), None)
+        carry_name = next((root_of(s) for s in names[nc : nc + nk]), None)
+        x_name = next((root_of(s) for s in names[nc + nk :]), None)
         parts: dict[Any, dict[str, Any]] = {carry_name: {}, x_name: {}}
         for name, value in zip(names, values, strict=True):
-            if name and _root(name) in parts and name not in parts[_root(name)]:
-                parts[_root(name)][name[len(_root(name)) :]] = value
-        return _tree(parts.get(carry_name, {})), (None if x_name is None else _tree(parts[x_name]))
+            if name and root_of(name) in parts and name not in parts[root_of(name)]:
+                parts[root_of(name)][name[len(root_of(name)) :]] = value
+        return tree_of(parts.get(carry_name, {})), (
+            None if x_name is None else tree_of(parts[x_name])
+        )
 
 
 def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[Any]:
@@ -154,7 +151,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         return inner
 
     def ahead(consts, carry, inputs, xs, message):
-        return _lookahead(frame, consts, carry, inputs, xs, _extra(message))
+        return lookahead(frame, consts, carry, inputs, xs, _extra(message))
 
     def body(loop, x):
         carry, consts, population, amap, psi = loop
@@ -186,7 +183,11 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             ]  # fmt: skip
         inner = inner_state(key, inputs, held, population)
         if proposal is not None:
-            args = (_observations(inputs, x["message"]), *frame.trees(consts, carry, xs), *_extra(x["message"]))
+            args = (
+                observations(inputs, x["message"]),
+                *frame.trees(consts, carry, xs),
+                *_extra(x["message"]),
+            )
             key_q = jax.random.fold_in(key[STEP], 1)
             run_proposal(walker, proposal, args, inner, key_q, frame.addresses)
         outs = walk(walker, frame.body, frame.wrapped(consts, carry, xs), inner)
@@ -212,7 +213,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         before_evidence = population.total
         inner.settle()
         new_carry = [
-            frame._wide(a, m, want)
+            settings.spread(frame._wide(a, m, want)) if want else a
             for (a, m), want in zip(pairs[: frame.nk], frame.carry_flags, strict=True)
         ]
         report = {"ess": inner.population.ess, "resampled": due}
@@ -409,88 +410,6 @@ def _genealogy(traced: Any, ancestors: Any, frame: Frame) -> Any:
     return jax.lax.scan(back, first, (traced, ancestors), reverse=not frame.reverse)[1]
 
 
-# ---------------------------------------------------------------------- proposals, look-ahead
-
-
-def _observations(inputs: Any, message: Any) -> dict[str, Any]:
-    """What a proposal is told of a step: the observed values, by address.
-
-    Partly observed ones come as `ab.masked` values; with messages, these know them.
-    """
-    partly = {} if message is not None else {
-        a: Masked(g.value, g.mask) for a, g in inputs.items() if g.mask is not None
-    }  # fmt: skip
-    return {a: g.value for a, g in inputs.items() if g.mask is None} | partly
-
-
-def _stand_ins(tree: Any, leaves: dict[int, Any]) -> Any:
-    """One particle's values, for staging; `leaves` maps them back to those of all."""
-
-    def one(v):
-        x = v.array[0] if isinstance(v, Particles) else jnp.asarray(v)
-        if isinstance(v, Particles) or id(x) not in leaves:
-            leaves[id(x)] = v
-        leaves.setdefault(("keep", id(x)), x)  # type: ignore[call-overload]
-        return x
-
-    return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, Particles))
-
-
-def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: Any, known) -> None:
-    """Runs a proposal for all particles; its values go to `state.proposed`."""
-    from abduce.inference.smc.particles import first_keys
-
-    leaves: dict[Any, Any] = {}
-    stand_ins = _stand_ins(args, leaves)
-    with outside_scopes():
-        program, arguments = stage(proposal.with_algorithm(None), stand_ins, {})
-    inputs = [*program.closed, *(leaves.get(id(v), v) for v in arguments.dynamic)]
-    q = Cloud(
-        first_keys(program.jaxpr, key), {}, state.population, retained=state.retained,
-        mode="propose",
-    )  # fmt: skip
-    q.scans = -1
-    own = dataclasses.replace(walker, live=live_variables(program.jaxpr))
-    walk(own, program.jaxpr, inputs, q)
-    latents = {a: s for a, s in program.sites.items() if s.is_latent}
-    unknown = [a for a in latents if a not in known]
-    taken = [a for a in latents if a in state.inputs and state.inputs[a].mask is None]
-    if unknown or taken:
-        raise InvalidValue(
-            f"the proposal `{program.name}` does not fit the model: "
-            + (f"{unknown} are not latents there; " if unknown else "")
-            + (f"{taken} are observed; " if taken else "")
-            + f"the proposal has {sorted(latents)}, the latents there are "
-            f"{sorted(a for a in known if a not in state.inputs)}."
-        )
-    for address in latents:
-        state.proposed[address] = Particles(q.resolve(q.records[address]["value"])[0])
-    state.add(-q.increments)
-
-
-def _lookahead(frame: Frame, consts, carry, inputs, xs, extra) -> Any:
-    """`lookahead(given, carry, x)` of each particle."""
-    message = extra[0] if extra else None
-    values = (_observations(inputs, message), *frame.trees(consts, carry, xs), *extra)
-    is_particles = lambda v: isinstance(v, Particles)  # noqa: E731
-    leaves, treedef = jax.tree.flatten(values, is_leaf=is_particles)
-    axes = [0 if is_particles(v) else None for v in leaves]
-    arrays = [v.array if is_particles(v) else v for v in leaves]
-
-    def one(*leaves):
-        out = jnp.asarray(frame.walker.lookahead(*jax.tree.unflatten(treedef, leaves)))
-        if out.shape != ():
-            raise InvalidValue(
-                f"lookahead(given, carry, x) must return a scalar log weight, got shape "
-                f"{out.shape}."
-            )
-        return out
-
-    if not any(a == 0 for a in axes):
-        return jnp.broadcast_to(one(*arrays), (frame.n,))
-    return jax.vmap(one, in_axes=axes, axis_size=frame.n)(*arrays)
-
-
 def score_step(frame: Frame, consts, carry, xs, inputs, held, inner_state) -> Any:
     """Log density of a step's sites at given latents, for each particle's carry; `(N,)`."""
     inner = inner_state({}, inputs, held, Population.start(frame.n))
@@ -507,40 +426,3 @@ def _new_ancestor(frame, before, key, xs, inputs, held, inner_state) -> Any:
     )
     alive = jnp.any(jnp.isfinite(logits))
     return jnp.where(alive, jax.random.categorical(key, logits), 0).astype(jnp.int32)
-
-
-# ---------------------------------------------------------------------- structure of the arguments
-
-
-def _root(name: str) -> str:
-    return re.split(r"[.\[]", name, maxsplit=1)[0]
-
-
-_STEP = re.compile(r"\[(?P<index>\d+)\]|\[(?P<key>'[^']*'|\"[^\"]*\")\]|\.(?P<attr>\w+)")
-
-
-def _tree(leaves: dict[str, Any]) -> Any:
-    """Builds nested tuples, dicts and named tuples from leaves named by their paths."""
-    if set(leaves) == {""}:
-        return leaves[""]
-    groups: dict[Any, dict[str, Any]] = {}
-    for path, value in leaves.items():
-        match = _STEP.match(path)
-        if match is None:
-            raise InvalidModel(f"cannot rebuild the carry of a scan from the path {path!r}.")
-        if match["index"] is not None:
-            head: Any = int(match["index"])
-        else:
-            head = ("key", match["key"][1:-1]) if match["key"] else ("attr", match["attr"])
-        groups.setdefault(head, {})[path[match.end() :]] = value
-    if not groups:
-        return ()
-    built = {head: _tree(rest) for head, rest in groups.items()}
-    if all(isinstance(h, int) for h in built):
-        return tuple(built.get(i) for i in range(max(built) + 1))
-    if all(h[0] == "key" for h in built):
-        return {h[1]: v for h, v in built.items()}
-    import collections
-
-    names = [h[1] for h in built]
-    return collections.namedtuple("Carry", names)(*built.values())  # type: ignore[misc]

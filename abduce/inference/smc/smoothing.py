@@ -121,14 +121,26 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     k_last, k_steps = jax.random.split(jax.random.fold_in(state.keys["\0step"], 7))
     paths = frame.walker.settings.num_paths or n
     index = jax.random.categorical(k_last, population.log_weights, shape=(paths,))
+    index = index.astype(jnp.int32)
     values = jax.tree.map(lambda v: take(v[last], index), traced)
     addresses = [a for a in traced["records"] if a in frame.addresses]
 
     def latents(values):
         return {a: values["records"][a]["value"] for a in addresses}
 
-    def choose(later, carry, log_weights, inputs, xs, key):
-        """The particle that each path comes from, given its next step."""
+    conditional = frame.walker.settings.conditional
+    if conditional and ys["nested"]:
+        raise InvalidModel(
+            "ab.particle_gibbs(backward_sampling=True): the scan has another one with sites "
+            "inside, through which paths cannot be redrawn. Use ancestor_sampling alone."
+        )
+
+    def choose(later, carry, log_weights, inputs, xs, key, came):
+        """The particle that each path comes from, given its next step.
+
+        In conditional runs it can only be redrawn where there was a resampling; elsewhere particles
+        continue themselves, and the law of the others given another path would be different.
+        """
 
         def one(held, key):
             logits = log_weights + score_step(
@@ -136,15 +148,18 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
             )
             return jax.random.categorical(key, logits)
 
-        return jax.lax.map(
-            lambda a: one(*a), (latents(later), jax.random.split(key, paths)),
+        values, index = later
+        drawn = jax.lax.map(
+            lambda a: one(*a), (latents(values), jax.random.split(key, paths)),
             batch_size=min(paths, max(1, 1_000_000 // n)),
-        )  # fmt: skip
+        ).astype(jnp.int32)  # fmt: skip
+        return jnp.where(came["resampled"], drawn, index) if conditional else drawn
 
     def back(later, step):
-        (carry, log_weights), here, inputs_next, xs_next, key = step
-        chosen = take(here, choose(later, carry, log_weights, inputs_next, xs_next, key))
-        return chosen, chosen
+        (carry, log_weights), here, inputs_next, xs_next, key, came = step
+        index = choose(later, carry, log_weights, inputs_next, xs_next, key, came)
+        chosen = take(here, index)
+        return (chosen, index), chosen
 
     def earlier(tree):
         return jax.tree.map(lambda v: v[1:] if frame.reverse else v[:-1], tree)
@@ -155,12 +170,13 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     steps = (
         earlier(ys["backward"]), earlier(traced), later_inputs(x["inputs"]),
         later_inputs(x["xs"]), jax.random.split(k_steps, max(frame.length - 1, 0)),
+        later_inputs(ys["report"]),
     )  # fmt: skip
-    begin, chosen = jax.lax.scan(back, values, steps, reverse=not frame.reverse)
+    begin, chosen = jax.lax.scan(back, (values, index), steps, reverse=not frame.reverse)
     at = -1 if frame.reverse else 0
-    inputs, xs = jax.tree.map(lambda v: v[at], (x["inputs"], x["xs"]))
+    inputs, xs, came = jax.tree.map(lambda v: v[at], (x["inputs"], x["xs"], ys["report"]))
     carry, log_weights = frame.start[0], frame.start[1].log_weights
-    root = choose(begin, carry, log_weights, inputs, xs, jax.random.fold_in(k_last, 1))
+    root = choose(begin, carry, log_weights, inputs, xs, jax.random.fold_in(k_last, 1), came)
     state.population = Population(
         jnp.zeros_like(population.log_weights), population.total,
         jnp.zeros_like(population.log_mean), jnp.full_like(population.ess, n),
@@ -173,4 +189,4 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
         spread = jnp.arange(n) % paths
         out, root = jax.tree.map(lambda v: jnp.take(v, spread, axis=1), out), root[spread]
         index = index[spread]
-    return out, root.astype(jnp.int32), index.astype(jnp.int32)
+    return out, root, index
