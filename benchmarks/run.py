@@ -15,6 +15,11 @@ FULL = [
     ["benchmarks.gradient", "--x64"],
     ["benchmarks.compile"],
     ["benchmarks.nuts"],
+    ["benchmarks.resampling"],
+    ["benchmarks.smc"],
+    ["benchmarks.tempering"],
+    ["benchmarks.updating"],
+    ["benchmarks.sequence"],
 ]
 QUICK_POSTERIORS = [
     "arK-arK",
