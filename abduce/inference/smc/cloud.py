@@ -13,9 +13,22 @@ from abduce.errors import InvalidModel
 from abduce.inference.smc.population import Resampling, take
 from abduce.ppl.interpreter import State, address_key, addresses
 
-__all__ = ["STEP", "Cloud", "Particles", "Settings", "closed_error", "first_keys"]
+__all__ = [
+    "BACKWARD",
+    "NEXT_SCAN",
+    "PROPOSE",
+    "RENEW",
+    "STEP",
+    "Cloud",
+    "Particles",
+    "Settings",
+    "closed_error",
+    "first_keys",
+]
 
 STEP = "\0step"  # the pseudo-address of the keys for resampling and proposals
+# What the key of a step is folded with, apart from the times of a scan inside it.
+PROPOSE, RENEW, BACKWARD, NEXT_SCAN = (2**32 - i for i in range(1, 5))
 
 
 class Particles:

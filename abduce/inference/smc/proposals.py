@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from abduce.errors import InvalidModel, InvalidValue
 from abduce.inference.smc.cloud import Cloud, Particles, first_keys
 from abduce.inference.smc.flow import live_variables
 from abduce.inference.smc.particles import Walker
+from abduce.inference.smc.population import Population
 from abduce.ppl.interpreter import walk
 from abduce.ppl.masked import Masked
 from abduce.ppl.operations import outside_scopes
@@ -36,6 +38,8 @@ def _stand_ins(tree: Any, leaves: dict[int, Any]) -> Any:
     """One particle's values, for staging; `leaves` maps them back to those of all."""
 
     def one(v):
+        if not isinstance(v, (Particles, jax.Array, np.ndarray, np.generic, float)):
+            return v  # static in the model, so in the proposal
         x = v.array[0] if isinstance(v, Particles) else jnp.asarray(v)
         if isinstance(v, Particles) or id(x) not in leaves:
             leaves[id(x)] = v
@@ -53,7 +57,7 @@ def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: An
         program, arguments = stage(proposal.with_algorithm(None), stand_ins, {})
     inputs = [*program.closed, *(leaves.get(id(v), v) for v in arguments.dynamic)]
     q = Cloud(
-        first_keys(program.jaxpr, key), {}, state.population, retained=state.retained,
+        first_keys(program.jaxpr, key), {}, Population.start(walker.n), retained=state.retained,
         mode="propose",
     )  # fmt: skip
     q.scans = -1
@@ -72,7 +76,8 @@ def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: An
         )
     for address in latents:
         state.proposed[address] = Particles(q.resolve(q.records[address]["value"])[0])
-    state.add(-q.increments)
+    q.settle()
+    state.add(-q.population.log_weights)
 
 
 def lookahead(frame: Any, consts, carry, inputs, xs, extra) -> Any:

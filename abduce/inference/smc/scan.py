@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from abduce.errors import InvalidModel
-from abduce.inference.smc.cloud import STEP, Cloud, Particles, closed_error
+from abduce.inference.smc.cloud import (
+    NEXT_SCAN,
+    PROPOSE,
+    RENEW,
+    STEP,
+    Cloud,
+    Particles,
+    closed_error,
+)
 from abduce.inference.smc.flow import carry_flags, estimated_addresses
 from abduce.inference.smc.particles import Walker
 from abduce.inference.smc.population import Population, take
@@ -156,6 +164,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
     def body(loop, x):
         carry, consts, population, amap, psi = loop
         xs, inputs, held, key = x["xs"], x["inputs"], x["retained"], x["keys"]
+        proposed = x["proposed"]
         due, ancestors = jnp.zeros((), bool), None
         if resamples:
             movable = (
@@ -168,9 +177,8 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
                 key[STEP], population, movable, _positions(frame, settings, carry)
             )
             if renews:  # not in a nested scan: what follows it outside would weigh as well
-                new = _new_ancestor(
-                    frame, before, jax.random.fold_in(key[STEP], 2), xs, inputs, held, inner_state
-                )
+                key_a = jax.random.fold_in(key[STEP], RENEW)
+                new = _new_ancestor(frame, before, key_a, xs, inputs, held, inner_state)
                 ancestors = ancestors.at[0].set(jnp.where(due, new, ancestors[0]))
                 moved = take(movable, ancestors)
             merge = lambda new, old: [  # noqa: E731
@@ -181,14 +189,16 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             xs = [
                 take(v, amap) if m else v for v, m in zip(xs, frame.xs_flags, strict=True)
             ]  # fmt: skip
+            proposed = take(proposed, amap)
         inner = inner_state(key, inputs, held, population)
+        inner.proposed = {a: Particles(v) for a, v in proposed.items()}
         if proposal is not None:
             args = (
                 observations(inputs, x["message"]),
                 *frame.trees(consts, carry, xs),
                 *_extra(x["message"]),
             )
-            key_q = jax.random.fold_in(key[STEP], 1)
+            key_q = jax.random.fold_in(key[STEP], PROPOSE)
             run_proposal(walker, proposal, args, inner, key_q, frame.addresses)
         outs = walk(walker, frame.body, frame.wrapped(consts, carry, xs), inner)
         pairs = [inner.resolve(o) for o in outs]
@@ -241,6 +251,11 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         state.settle()
     x: dict[str, Any] = {"xs": frame.xs, "inputs": sliced, "retained": retained, "keys": keys}
     x["message"] = messages
+    x["proposed"] = {  # by a proposal for the step that this scan is in
+        a: jnp.moveaxis(state.resolve(state.proposed[a])[0], 1, 0)
+        for a in frame.addresses
+        if a in state.proposed
+    }
     x["step"] = steps[::-1] if frame.reverse else steps  # in the order of execution
     if looking:
         x["next"] = _shifted((sliced, frame.xs, messages), frame)
@@ -256,7 +271,10 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         from abduce.inference.smc.smoothing import require_unweighed
 
         require_unweighed(frame, static["ys"])
-    return _finish(frame, state, carry, ys, static, (x, settings, inner_state, number))
+    outs = _finish(frame, state, carry, ys, static, (x, settings, inner_state, number))
+    if STEP in state.keys:  # two scans in sequence do not resample alike
+        state.keys = {**state.keys, STEP: jax.random.fold_in(state.keys[STEP], NEXT_SCAN)}
+    return outs
 
 
 def _positions(frame: Frame, settings: Any, carry: Sequence[Any]) -> Any:
@@ -380,7 +398,8 @@ def _finish(frame, state, carry, ys, static, context) -> list[Any]:
             for k, v in record.items()
         }
     state.summaries.update(ys["summaries"])
-    state.reports.append({**ys["report"], "start": frame.start[1].total})
+    ends = {"start": frame.start[1].total, "end": state.population.total}
+    state.reports.append({**ys["report"], **ends})
     state.reports.extend(ys["nested"])
     if number >= 0:
         state.carries.append(
@@ -415,7 +434,8 @@ def score_step(frame: Frame, consts, carry, xs, inputs, held, inner_state) -> An
     inner = inner_state({}, inputs, held, Population.start(frame.n))
     inner.mode = "score"
     walk(frame.walker, frame.body, frame.wrapped(consts, carry, xs), inner)
-    return jnp.broadcast_to(inner.increments, (frame.n,))
+    inner.settle()  # scans inside have done so before
+    return inner.population.log_weights
 
 
 def _new_ancestor(frame, before, key, xs, inputs, held, inner_state) -> Any:

@@ -93,8 +93,9 @@ class smc2(Algorithm):
                 stop, population = _until(self.threshold, population, cumulative, time)
                 stop = int(stop)
                 if not np.isfinite(float(population.total)):
+                    stop = int(np.argmax(np.isneginf(cumulative).all(0)))
                     raise Degenerate(
-                        f"ab.smc2: every parameter has evidence zero at step {stop} of the scan. "
+                        f"ab.smc2: every parameter has evidence zero {_place(stop, num_steps)}. "
                         f"Check the data there, raise num_particles, or the particles of via=."
                     )
                 bar.update(stop)
@@ -135,17 +136,21 @@ class smc2(Algorithm):
         )  # fmt: skip
 
 
+def _place(stop: int, num_steps: int) -> str:
+    if 0 < stop < num_steps:
+        return f"at step {stop - 1} of the scan"
+    return "after the scan" if stop else "before the scan"
+
+
 def _run_inside(evidence: Evidence, data: Any, key: Any, u: Any) -> Any:
-    """Log evidence after each step, `(steps + 1,)`, and one draw of everything."""
+    """Log evidence before the scan, after each step and after all; one draw of everything."""
     k1, k2 = jax.random.split(key)
     out = evidence.run(data, k1, u)
     population = out["population"]
     report = out["reports"][0]
-    # What is weighed before the scan stands at step 0, and so does what is weighed after it.
-    inside = jnp.cumsum(report["log_evidence"])
-    later = population.total - report["start"] - jnp.sum(report["log_evidence"])
-    start = report["start"] + jnp.where(jnp.isnan(later), 0.0, later)
-    cumulative = jnp.concatenate([start[None], start + inside])
+    inside = report["start"] + jnp.cumsum(report["log_evidence"])
+    ends = [report["end"][None], population.total[None]]  # the same where no data come after
+    cumulative = jnp.concatenate([report["start"][None], inside[:-1], *ends])
     index = jax.random.categorical(k2, jnp.log(population.probabilities))
     return cumulative, jax.tree.map(lambda x: x[index], out["values"])
 
@@ -170,7 +175,8 @@ def _until(threshold: float, population: Population, cumulative: Any, time: Any)
     peak = jnp.max(gained, 0)
     w = jnp.exp(gained - jnp.where(jnp.isfinite(peak), peak, 0.0))
     ess = jnp.sum(w, 0) ** 2 / jnp.maximum(jnp.sum(w * w, 0), jnp.finfo(w.dtype).tiny)
-    due = (ess < threshold * m) & (jnp.arange(steps + 1) > time)
+    to_come = jnp.any(cumulative != cumulative[:, -1:], axis=0)
+    due = (ess < threshold * m) & (jnp.arange(steps + 1) > time) & to_come
     stop = jnp.where(jnp.any(due), jnp.argmax(due), steps)
     increments = jnp.take(gained, stop, axis=1) - population.log_weights
     return stop, population.reweight(increments)

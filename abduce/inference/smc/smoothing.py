@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from abduce.errors import InvalidModel, NoDensity
+from abduce.inference.smc.cloud import BACKWARD, STEP
 from abduce.inference.smc.population import Population, take
 from abduce.ppl import _jax
 from abduce.ppl.dataflow import Label, propagate
@@ -118,7 +119,7 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
         )
     n, last = frame.n, (0 if frame.reverse else frame.length - 1)
     population: Population = state.population
-    k_last, k_steps = jax.random.split(jax.random.fold_in(state.keys["\0step"], 7))
+    k_last, k_steps = jax.random.split(jax.random.fold_in(state.keys[STEP], BACKWARD))
     paths = frame.walker.settings.num_paths or n
     index = jax.random.categorical(k_last, population.log_weights, shape=(paths,))
     index = index.astype(jnp.int32)

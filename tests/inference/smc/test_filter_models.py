@@ -231,10 +231,46 @@ def early(given, carry, x):
     return predictive({"y": given["y"][0]}, carry, x)
 
 
+@ab.model
+def pair_guide(given, carry, x):
+    """Proposes both states of an outer step, by a scan of its own."""
+
+    def body(x, y):
+        optimal({"y": y}, x, None)
+        return x, None
+
+    jax.lax.scan(body, carry, given["y"])
+
+
+@ab.model
+def noise_first(n):
+    """All noise is drawn before the scan, which takes it in step by step."""
+    e = ab.sample("e", dist.Normal(jnp.zeros(n), 1.0))
+
+    def body(x, e):
+        x = DECAY * x + DRIVE * e
+        ab.sample("y", dist.Normal(x, NOISE))
+        return x, None
+
+    jax.lax.scan(body, start(), e)
+
+
+@ab.model
+def noise_guide(given, n):
+    """Called with the model's arguments, static ones as such."""
+    ab.sample("e", dist.Normal(jnp.full(n, 0.2), 1.1))
+
+
+def known_noise(given, carry, e):
+    return dist.Normal(DECAY * carry + DRIVE * e, NOISE).log_prob(given["y"])
+
+
 PAIRS = SHORT.reshape(2, 2)
 OTHERS = {
     "nested": (nested, (4,), {"y": PAIRS}, {}),
     "nested, look-ahead": (nested, (4,), {"y": PAIRS}, {"lookahead": early, "threshold": 1.0}),
+    "nested, guided by a scan": (nested, (4,), {"y": PAIRS}, {"proposal": pair_guide}),
+    "noise first": (noise_first, (4,), GIVEN, {"initial": noise_guide, "lookahead": known_noise}),
     "two in sequence": (in_sequence, (4,), {"y": SHORT[:1], "later/y": SHORT[1:]}, {}),
     "two in sequence, ffbs": (
         in_sequence, (4,), {"y": SHORT[:1], "later/y": SHORT[1:]},
