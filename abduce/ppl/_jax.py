@@ -239,10 +239,17 @@ _wrap_scan_batcher()
 
 
 class CompileCount:
-    """How many programs the backend compiled inside a `count_compiles` block."""
+    """How many programs the backend compiled inside a `count_compiles` block, and which."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"CompileCount({self.names})"
 
 
 _compile_counters: list[CompileCount] = []
@@ -250,10 +257,10 @@ _compile_lock = threading.Lock()
 _listening = False
 
 
-def _on_event(event: str, duration: float, **_: Any) -> None:
+def _on_event(event: str, duration: float, **about: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         for counter in list(_compile_counters):
-            counter.count += 1
+            counter.names.append(str(about.get("fun_name", "?")))
 
 
 @contextlib.contextmanager

@@ -107,10 +107,10 @@ EVERY = ["nuts", "hmc", "importance", "laplace", "mh"]
 
 @pytest.mark.parametrize("name", EVERY)
 def test_other_data_of_the_same_shapes_compile_nothing(fits, name):
-    model = fits[0][name](groups)
+    model, key = fits[0][name](groups), jax.random.key(1)
     with count_compiles() as compiles:
-        other = model.posterior(jax.random.key(1), SCALES + 0.5, given={"y": DATA[::-1] + 1})
-    assert compiles.count == 0
+        other = model.posterior(key, SCALES + 0.5, given={"y": DATA[::-1] + 1})
+    assert compiles.names == []
     assert abs(float(other.mean("mu")) - float(fits[1][name].mean("mu"))) > 0.05  # they are others
 
 

@@ -441,9 +441,10 @@ def test_settings_that_do_not_fit():
 
 
 def test_other_data_compile_nothing(post, count_compiles):
+    key = jax.random.key(1)
     with count_compiles() as compiles:
-        quick()(groups).posterior(jax.random.key(1), SCALES + 1, given={"y": DATA - 1})
-    assert compiles.count == 0
+        quick()(groups).posterior(key, SCALES + 1, given={"y": DATA - 1})
+    assert compiles.names == []
 
 
 @pytest.mark.slow
