@@ -11,8 +11,7 @@ import numpy as np
 
 from abduce.errors import InitializationError, InvalidAlgorithm, InvalidValue
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
-from abduce.inference.mcmc.report import split_rhat
-from abduce.inference.mcmc.sweeps import is_traced, run_sweeps
+from abduce.inference.mcmc.sweeps import ENOUGH, is_traced, run_sweeps, unmixed
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, lost_sites
 from abduce.ppl.masked import Masked
@@ -22,8 +21,10 @@ from abduce.ppl.transforms import condition
 __all__ = ["mh"]
 
 _CHUNK = 250  # iterations per compiled call: bounds device memory, and lets an interrupt through
-_ENOUGH = 50  # draws per chain, below which warnings would be chance
-_RHAT = 1.1  # of a site's worst element, above which chains count as not mixed
+_REMEDY = (
+    "Run longer (num_warmup, num_samples), start nearer to the posterior (init=), propose better "
+    "moves (proposal=), or use ab.nuts for continuous latents."
+)
 _TRIES = 64  # prior draws per chain among which a starting point is sought, per attempt
 
 
@@ -104,7 +105,7 @@ class mh(Algorithm):
         traced = is_traced(draws)
         order = [a for a in problem.program.sites if a in draws]
         if not traced:
-            messages += _messages(stats) + _unmixed(draws)
+            messages += _messages(stats) + unmixed("mh", draws, _REMEDY)
         stats["num_nan"] = stats["num_nan"].sum()
         return make_posterior(
             problem, {a: draws[a] for a in order}, algorithm="mh", diagnostics=stats,
@@ -116,7 +117,7 @@ def _messages(stats: dict[str, Any]) -> list[str]:
     rates = np.asarray(stats["acceptance_rate"])
     rate = rates.mean(1)
     messages = []
-    stuck = np.flatnonzero((rate < 0.005) & (rates.shape[1] >= _ENOUGH))
+    stuck = np.flatnonzero((rate < 0.005) & (rates.shape[1] >= ENOUGH))
     if len(stuck):
         messages.append(
             f"ab.mh: chains {stuck.tolist()} accepted {rate[stuck].max():.1%} of the proposals and "
@@ -130,22 +131,6 @@ def _messages(stats: dict[str, Any]) -> list[str]:
             f"operations in the model."
         )
     return messages
-
-
-def _unmixed(draws: dict[str, Any]) -> list[str]:
-    """Chains that disagree, by split R-hat; of short runs it says nothing."""
-    worst = {}
-    for address, x in draws.items():
-        if x.shape[1] >= _ENOUGH and np.isfinite(x).all():
-            worst[address] = float(np.max(split_rhat(x), initial=1.0))
-    if not worst or max(worst.values()) < _RHAT:
-        return []
-    address = max(worst, key=lambda a: worst[a])
-    return [
-        f"ab.mh: the chains have not mixed: split R-hat is {worst[address]:.2f} for {address!r}. "
-        f"Run longer (num_warmup, num_samples), start nearer to the posterior (init=), propose "
-        f"better moves (proposal=), or use ab.nuts for continuous latents."
-    ]
 
 
 def as_proposals(proposal: Any) -> tuple[Model, ...]:

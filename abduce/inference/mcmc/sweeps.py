@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Bar", "is_traced", "run_sweeps"]
+from abduce.inference.mcmc.report import split_rhat
+
+__all__ = ["ENOUGH", "Bar", "is_traced", "run_sweeps", "unmixed"]
 
 _SECONDS_BEFORE_BAR = 2.0
+ENOUGH = 50  # draws per chain, below which warnings would be chance
+_RHAT = 1.1  # of a site's worst element, above which chains count as not mixed
 
 
 def is_traced(tree: Any) -> bool:
@@ -121,3 +125,25 @@ def run_sweeps(
     join = jnp.concatenate if is_traced(parts) else np.concatenate
     draws = jax.tree.map(lambda *xs: join(xs, 1)[:, :kept], *parts)
     return state, draws, warm, messages
+
+
+def unmixed(name: str, draws: Mapping[str, Any], remedy: str) -> list[str]:
+    """A message where chains disagree, by split R-hat; of short runs it says nothing.
+
+    Args:
+        name: Of the algorithm.
+        draws: By address, `(chain, draw, ...)`.
+        remedy: What the reader can do.
+    """
+    worst = {}
+    for address, x in draws.items():
+        x = np.asarray(x, np.float64)
+        if x.shape[1] >= ENOUGH and np.isfinite(x).all():
+            worst[address] = float(np.max(split_rhat(x), initial=1.0))
+    if not worst or max(worst.values()) < _RHAT:
+        return []
+    address = max(worst, key=lambda a: worst[a])
+    return [
+        f"ab.{name}: the chains have not mixed: split R-hat is {worst[address]:.2f} for "
+        f"{address!r}. {remedy}"
+    ]

@@ -97,6 +97,11 @@ class smc(Algorithm):
                     f"ab.smc: {field}={getattr(self, field)!r}; there are "
                     f"{', '.join(map(repr, options))}."
                 )
+        if self.lookahead is not None and not callable(self.lookahead):
+            raise InvalidAlgorithm(
+                f"ab.smc: lookahead= takes a function lookahead(given, carry, x), got "
+                f"{self.lookahead!r}."
+            )
         for field in ("proposal", "initial"):
             value = getattr(self, field)
             if isinstance(value, type) or (
@@ -135,8 +140,6 @@ class smc(Algorithm):
                 f"ab.smc: `{program.name}` has no scan with data in it; a tempered run cannot "
                 f"retain a draw. Use ab.importance(...)."
             )
-        if self.resampler == "optimal_transport":
-            raise InvalidAlgorithm("ab.smc: 'optimal_transport' has no conditional twin.")
         settings = dataclasses.replace(
             self.settings(), resampling=self.resampling(conditional=True), store="filter"
         )

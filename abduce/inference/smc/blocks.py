@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from abduce.errors import InvalidAlgorithm
+from abduce.errors import InvalidAlgorithm, InvalidModel
 from abduce.inference.problem import Problem
 from abduce.ppl import _jax
 from abduce.ppl.selection import matching
 from abduce.ppl.site import has_sites, site_p
 
-__all__ = ["split_latents"]
+__all__ = ["require_no_late_use", "split_latents"]
 
 
 def split_latents(problem: Problem, states: Any, name: str) -> tuple[list[str], list[str]]:
@@ -32,7 +32,7 @@ def split_latents(problem: Problem, states: Any, name: str) -> tuple[list[str], 
     if states is not None:
         chosen = matching(states, latents)
     else:
-        constant, initial = _roles(problem.program.jaxpr)
+        constant, initial, _ = _roles(problem.program.jaxpr)
         chosen = {
             a for a, s in latents.items() if s.num_scans or (a in initial and a not in constant)
         }
@@ -44,12 +44,32 @@ def split_latents(problem: Problem, states: Any, name: str) -> tuple[list[str], 
     return [a for a in latents if a not in chosen], [a for a in latents if a in chosen]
 
 
-def _roles(jaxpr: Any) -> tuple[set[str], set[str]]:
-    """Addresses outside of scans that reach one as a constant or input, and as first carry."""
+def require_no_late_use(problem: Problem, states: Sequence[str], call: str) -> None:
+    """A past that is drawn anew may be weighed by nothing after the scan but what it returns.
+
+    Raises:
+        InvalidModel: A site after the scan, or another scan, uses a state drawn before it.
+    """
+    late = _roles(problem.program.jaxpr)[2] & set(states)
+    if late:
+        raise InvalidModel(
+            f"{call} draws the past of a path anew, but {', '.join(map(repr, sorted(late)))}, "
+            f"drawn before the scan, is used after it too. Put it into the scan's carry, leave it "
+            f"out of states=, or set ancestor_sampling=False and backward_sampling=False."
+        )
+
+
+def _roles(jaxpr: Any) -> tuple[set[str], set[str], set[str]]:
+    """Addresses outside of scans: that reach one as a constant or input; as first carry; and that
+    reach a site after the first scan otherwise than through it.
+    """
     constant: set[str] = set()
     initial: set[str] = set()
+    late: set[str] = set()
+    passed = False  # a scan with sites
 
     def run(jaxpr: Any, args: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+        nonlocal passed
         inner, _ = _jax.inner_jaxpr(jaxpr)
         env: dict[Any, frozenset[str]] = dict.fromkeys(inner.constvars, frozenset())
         env.update(zip(inner.invars, args, strict=True))
@@ -63,10 +83,15 @@ def _roles(jaxpr: Any) -> tuple[set[str], set[str]]:
             outs = [union] * len(eqn.outvars)
             if eqn.primitive is site_p:
                 site = eqn.params["site"]
+                if passed and site.kind in ("sample", "factor"):
+                    late.update(union)
                 if site.kind == "sample" and "obs" not in site.roles:
                     outs = [frozenset({site.address})] * len(outs)
             elif any(has_sites(s) for s in _jax.subjaxprs(eqn)):
+                if passed and _jax.call_jaxpr(eqn) is None:
+                    late.update(union)
                 if eqn.primitive is _jax.scan_p:
+                    passed = True
                     nc, nk = _jax.scan_split(eqn)
                     constant.update(*vals[:nc], *vals[nc + nk :])
                     initial.update(*vals[nc : nc + nk])
@@ -78,4 +103,4 @@ def _roles(jaxpr: Any) -> tuple[set[str], set[str]]:
 
     inner, _ = _jax.inner_jaxpr(jaxpr)
     run(jaxpr, [frozenset()] * len(inner.invars))
-    return constant, initial
+    return constant, initial, late

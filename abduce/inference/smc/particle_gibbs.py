@@ -13,11 +13,10 @@ import numpy as np
 
 from abduce.errors import InitializationError, InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
-from abduce.inference.mcmc.report import split_rhat
-from abduce.inference.mcmc.sweeps import is_traced, run_sweeps
+from abduce.inference.mcmc.sweeps import is_traced, run_sweeps, unmixed
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
-from abduce.inference.smc.blocks import split_latents
+from abduce.inference.smc.blocks import require_no_late_use, split_latents
 from abduce.inference.smc.cloud import Settings
 from abduce.inference.smc.filtering import run_filter
 from abduce.inference.smc.population import Resampling
@@ -96,6 +95,8 @@ class particle_gibbs(Algorithm):
     def run(self, problem: Problem, key: Any) -> Posterior:
         problem.require_latents("ab.particle_gibbs")
         parameters, states = split_latents(problem, self.states, "ab.particle_gibbs")
+        if self.ancestor_sampling or self.backward_sampling:
+            require_no_late_use(problem, states, "ab.particle_gibbs")
         sampler = _Sampler(
             num_particles=self.num_particles, parameters=tuple(parameters), states=tuple(states),
             resampling=Resampling(self.resampler, self.threshold),
@@ -334,16 +335,8 @@ def _messages(stats, draws, sampler) -> list[str]:
             f"ab.particle_gibbs: only {renewed:.1%} of the path changes in an iteration. Raise "
             f"num_particles, or keep ancestor_sampling=True."
         )
-    worst = {}
-    for address in sampler.parameters:
-        x = np.asarray(draws[address], np.float64)
-        if x.shape[1] >= 50 and np.isfinite(x).all():
-            worst[address] = float(np.max(split_rhat(x), initial=1.0))
-    if worst and max(worst.values()) > 1.1:
-        address = max(worst, key=lambda a: worst[a])
-        messages.append(
-            f"ab.particle_gibbs: the chains have not mixed: split R-hat is {worst[address]:.2f} "
-            f"for {address!r}. Run longer (num_warmup, num_samples), or use ab.pmmh, which does "
-            f"not condition the parameters on the path."
-        )
-    return messages
+    remedy = (
+        "Run longer (num_warmup, num_samples), or use ab.pmmh, which does not condition the "
+        "parameters on the path."
+    )
+    return messages + unmixed("particle_gibbs", {a: draws[a] for a in sampler.parameters}, remedy)

@@ -53,7 +53,6 @@ class Walker:
         lookahead: Called with the next step's `(given, carry, x)`; a log weight, or None.
         resume: Per scan of the top level, the carry to start from, or nothing.
         messages: Per-step inputs for the proposal and the look-ahead of the first scan, or None.
-        num_steps: Scans of the top level weigh only so many first steps; None: all.
     """
 
     settings: Settings
@@ -62,7 +61,6 @@ class Walker:
     lookahead: Any = None
     resume: Sequence[Any] = ()
     messages: Any = None
-    num_steps: Any = None
     weighed: frozenset[Any] = frozenset()
 
     def proposal_of(self, number: int) -> Any:
@@ -213,6 +211,12 @@ class Walker:
             value, differs = state.resolve(state.retained[address])
             return (value if differs else jnp.broadcast_to(value, (self.n, *value.shape))), True
         if address in state.proposed:
+            if state.conditional or state.guard is not None or "guard" in site.roles:
+                raise InvalidModel(
+                    f"the proposal draws {address!r}, which is in a branch: where the branch is "
+                    f"not taken, its density would have to be left out. Leave it to its prior, or "
+                    f"move the site out of the branch."
+                )
             (value, _), scored = state.resolve(state.proposed[address]), True
             if value.shape[1:] != site.full_shape:
                 raise InvalidValue(

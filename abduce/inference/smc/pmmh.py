@@ -11,8 +11,7 @@ import numpy as np
 
 from abduce.errors import InitializationError, InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
-from abduce.inference.mcmc.report import split_rhat
-from abduce.inference.mcmc.sweeps import is_traced, run_sweeps
+from abduce.inference.mcmc.sweeps import is_traced, run_sweeps, unmixed
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
 from abduce.inference.smc.algorithms import smc
@@ -118,12 +117,12 @@ def _begin(num_chains: int, evidence: Evidence, data: Any, key: Any) -> Any:
     return jax.vmap(one)(jax.random.split(key, num_chains))
 
 
-def metropolis_step(evidence, data, walk, u, total, values, key, num_steps=None):
+def metropolis_step(evidence, data, walk, u, total, values, key):
     """One pseudo-marginal move of each row; the held estimates are kept, never renewed."""
     k1, k2, k3 = jax.random.split(key, 3)
     new_u = walk.propose(k1, u)
     keys = jax.random.split(k2, u.shape[0])
-    new_total, new_values = jax.vmap(lambda k, u: evidence(data, k, u, num_steps))(keys, new_u)
+    new_total, new_values = jax.vmap(lambda k, u: evidence(data, k, u))(keys, new_u)
     log_ratio = new_total - total
     rate = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
     ok = jax.random.uniform(k3, rate.shape, rate.dtype) < rate
@@ -172,15 +171,5 @@ def _messages(stats, draws, parameters) -> list[str]:
             f"ab.pmmh: the log evidence estimate has a standard deviation of {sd:.1f}; above 2 the "
             f"chain sticks. Raise the particles of via=, or give it a better proposal."
         )
-    worst = {}
-    for address in sorted(parameters):
-        x = np.asarray(draws[address], np.float64)
-        if x.shape[1] >= 50 and np.isfinite(x).all():
-            worst[address] = float(np.max(split_rhat(x), initial=1.0))
-    if worst and max(worst.values()) > 1.1:
-        address = max(worst, key=lambda a: worst[a])
-        messages.append(
-            f"ab.pmmh: the chains have not mixed: split R-hat is {worst[address]:.2f} for "
-            f"{address!r}. Run longer (num_warmup, num_samples), or raise the particles of via=."
-        )
-    return messages
+    remedy = "Run longer (num_warmup, num_samples), or raise the particles of via=."
+    return messages + unmixed("pmmh", {a: draws[a] for a in sorted(parameters)}, remedy)

@@ -193,3 +193,57 @@ def test_errors():
         ab.particle_gibbs(num_samples=2, num_warmup=0)(hidden_state).posterior(
             jax.random.key(0), 8, given={"y": Y}
         )
+
+
+def test_a_state_used_again_after_the_scan_is_refused_where_the_past_is_renewed():
+    @ab.model
+    def twice(n):
+        x0 = ab.sample("x0", dist.Normal(0.0, 1.2))
+
+        def step(x, _):
+            x = ab.sample("x", dist.Normal(0.9 * x, 0.6))
+            ab.sample("y", dist.Normal(x, 0.5))
+            return x, None
+
+        jax.lax.scan(step, x0, None, length=n)
+        ab.sample("again", dist.Normal(x0, 0.1))
+
+    given = {"y": Y, "again": 0.5}
+    with pytest.raises(ab.InvalidModel, match="'x0', drawn before the scan, is used after it"):
+        ab.particle_gibbs()(twice).posterior(jax.random.key(0), 8, given=given)
+    alg = ab.particle_gibbs(
+        ancestor_sampling=False, num_particles=30, num_warmup=20, num_samples=400, num_chains=4
+    )
+    post = alg(twice).posterior(jax.random.key(0), 8, given=given)
+    # x0 given both: its law given y is normal, and `again` is one more observation of it.
+    from state_space import kalman as filter_and_smooth
+
+    _, _, smooth = filter_and_smooth(Y, decay=0.9, drive=0.6, noise=0.5, start=1.2)
+    mean, var = smooth[0][0], smooth[1][0]
+    exact = (mean / var + 0.5 / 0.01) / (1 / var + 1 / 0.01)
+    assert abs(post.mean("x0") - exact) < 0.03  # its sd is 0.1; a missed site moves it by 0.1
+
+
+def test_a_proposal_for_a_site_in_a_branch_is_refused():
+    @ab.model
+    def jumps(y):
+        def step(x, y):
+            x = x + jax.lax.cond(
+                x > 0, lambda: ab.sample("jump", dist.Normal(0.0, 1.0)), lambda: 0.0
+            )
+            x = ab.sample("x", dist.Normal(0.9 * x, 0.6))
+            ab.sample("y", dist.Normal(x, 0.5), obs=y)
+            return x, None
+
+        jax.lax.scan(step, 0.5, y)
+
+    @ab.model
+    def proposal(given, carry, y):
+        ab.sample("jump", dist.Normal(0.1, 1.0))
+
+    y = jnp.asarray(Y)
+    assert np.isfinite(ab.smc(num_particles=20)(jumps).posterior(jax.random.key(0), y).log_evidence)
+    with pytest.raises(ab.InvalidModel, match="the proposal draws 'jump', which is in a branch"):
+        ab.smc(num_particles=20, proposal=proposal)(jumps).posterior(jax.random.key(0), y)
+    with pytest.raises(ab.InvalidAlgorithm, match="lookahead= takes a function"):
+        ab.smc(lookahead=3)
