@@ -31,7 +31,7 @@ from abduce.ppl.operations import outside_scopes
 from abduce.ppl.program import Arguments, Program, SiteInfo, relative, stage
 from abduce.ppl.selection import matching
 from abduce.ppl.site import Site, bind, take_apart, user_location
-from abduce.ppl.transforms import do
+from abduce.ppl.transforms import Transformed, do
 
 __all__ = ["marginal", "normalize"]
 
@@ -133,19 +133,12 @@ class _Draw:
             return self.law.estimate(key, choices, drawn, words, rest)
 
 
-class _Run:
-    """The auxiliary run, as a law of words."""
-
-    def __init__(self, law: Any):
-        self.law = law
-
-
 class _RunDistribution(Estimated):
     """Draws the words of a run."""
 
     def sample(self, key, sample_shape=()):
         with outside_scopes():
-            return self.law.law.run(key, *self.operands)
+            return self.law.run(key, *self.operands)
 
 
 class _MarginalLaw(_Law):
@@ -206,21 +199,10 @@ def _evidence(post: Any, call: str, via: Any) -> Any:
 # ---------------------------------------------------------------------- models
 
 
-class _EstimatedModel(Model):
-    base: eqx.AbstractVar[Model]
-
-    @property
-    def name(self) -> str:
-        return self.base.name
-
-    def check(self, args: Any, kwargs: Any) -> None:
-        self.base.check(args, kwargs)
-
-
 def _emit(law: _Law, infos: Mapping[str, SiteInfo], operands: Sequence[Any]) -> Any:
     """Binds the auxiliary run and the choices read off it; returns the choices."""
     where = user_location()
-    aux = _RunDistribution(_Run(law), operands, (), jnp.uint32)
+    aux = _RunDistribution(law, operands, (), jnp.uint32)
     words = jax.eval_shape(law.run, jax.random.key(0), *operands).shape[0]
     name = "abduce_run/" + "+".join(law.addresses or ("evidence",))
     spec, leaves = take_apart(aux)
@@ -259,7 +241,7 @@ def _require_closed(program: Program, call: str) -> None:
         )
 
 
-class Marginal(_EstimatedModel):
+class Marginal(Transformed):
     """A model over some of another's choices."""
 
     base: Model
@@ -330,11 +312,10 @@ def _roots(program: Program, sites: Mapping[str, SiteInfo], kept: Sequence[str])
         return set(v.inputs)
 
     propagate(program.jaxpr, visit)
-    return [a for a in kept if not depends.get(scoped(a), set()) & inside and not _nested(sites[a])]
-
-
-def _nested(info: SiteInfo) -> bool:
-    return info.conditional
+    return [
+        a for a in kept
+        if not depends.get(scoped(a), set()) & inside and not sites[a].conditional
+    ]  # fmt: skip
 
 
 class _RootsOnly:
@@ -407,7 +388,7 @@ def marginal(m: Model, keep: Any, *, via: Any) -> Model:
     return Marginal(base, keep, _as_via(via, "ab.marginal"), algorithm)
 
 
-class Normalized(_EstimatedModel):
+class Normalized(Transformed):
     """A conditioned model as a program that draws from its posterior through an algorithm."""
 
     base: Model

@@ -66,7 +66,7 @@ def emit_again(model: Model, args: Any, kwargs: Any, edit: Any, given: dict[str,
     return jax.tree.unflatten(program.out_tree, outs)
 
 
-class _Transformed(Model):
+class Transformed(Model):
     """A model made from another one."""
 
     base: eqx.AbstractVar[Model]
@@ -90,7 +90,7 @@ def _bare(m: Any, call: str) -> tuple[Model, Any]:
     return (m if algorithm is None else m.with_algorithm(None)), algorithm
 
 
-class Conditioned(_Transformed):
+class Conditioned(Transformed):
     """A model some of whose sites are observed."""
 
     base: Model
@@ -152,7 +152,7 @@ def _as_tree(values: Mapping[str, Any], call: str) -> dict[str, Any]:
     return {a: convert(v) for a, v in values.items()}
 
 
-class Intervened(_Transformed):
+class Intervened(Transformed):
     """A model some of whose sites are set from outside."""
 
     base: Model
@@ -207,7 +207,7 @@ def do(m: Model, values: Mapping[str, Any]) -> Model:
     return Intervened(base, _as_tree(values, "ab.do"), algorithm)
 
 
-class WithPrior(_Transformed):
+class WithPrior(Transformed):
     """A model some of whose sites are drawn from something else."""
 
     base: Model
@@ -325,7 +325,7 @@ def with_prior(m: Model, prior: Mapping[str, Any] | Model) -> Model:
     return WithPrior(base, dict(prior), algorithm)
 
 
-class Reparametrized(_Transformed):
+class Reparametrized(Transformed):
     """A model some of whose sites have other unconstrained coordinates."""
 
     base: Model

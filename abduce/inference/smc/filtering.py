@@ -39,7 +39,6 @@ def run_filter(
     known: dict[str, Any] | None = None,
     resume: Any = (),
     population: Population | None = None,
-    num_steps: Any = None,
 ) -> dict[str, Any]:
     """Runs a program for a population; traceable.
 
@@ -53,7 +52,6 @@ def run_filter(
         known: Draws of latents that an earlier run has weighed, `(N, ...)`, in the users' layout.
         resume: Per scan, the carry to start from.
         population: The weights to start from.
-        num_steps: Scans of the top level weigh only so many first steps (traced); None: all.
 
     Returns:
         'values' and 'active' by address, `(N, ...)` in the users' layout; 'population';
@@ -81,7 +79,6 @@ def run_filter(
         lookahead = lookahead or guide.lookahead
     walker = Walker(
         settings, live_variables(program.jaxpr), proposal, lookahead, tuple(resume), messages,
-        num_steps,
         live_variables(program.jaxpr, weighing=True) if settings.ancestor_sampling else frozenset(),
     )  # fmt: skip
     state = Cloud(

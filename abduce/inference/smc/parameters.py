@@ -48,25 +48,19 @@ class Evidence:
         """Log prior density at `u`, with the log Jacobian."""
         return self.target.split(data["target"], u)[0]
 
-    def run(self, data: Any, key: Any, u: Any, num_steps: Any = None) -> dict[str, Any]:
-        """Runs the particles at `u`, shape `(dim,)`; as `run_filter`.
-
-        With `num_steps`, what is observed later in the scan does not weigh.
-        """
+    def run(self, data: Any, key: Any, u: Any) -> dict[str, Any]:
+        """Runs the particles at `u`, shape `(dim,)`; as `run_filter`."""
         records = self.target.run(Replay(score=False), data["target"], u)["records"]
         fixed = {a: Given(records[a]["value"], shared=True) for a in self.addresses}
         return run_filter(
             self.settings, data["arguments"], {**data["given"], **fixed}, key,
             proposal=data["proposal"], initial=data["initial"], lookahead=self.lookahead,
-            num_steps=num_steps,
         )  # fmt: skip
 
-    def __call__(
-        self, data: Any, key: Any, u: Any, num_steps: Any = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def __call__(self, data: Any, key: Any, u: Any) -> tuple[Any, dict[str, Any]]:
         """The log density estimate, and one draw of everything given the parameters."""
         k1, k2 = jax.random.split(key)
-        out = self.run(data, k1, u, num_steps)
+        out = self.run(data, k1, u)
         population = out["population"]
         index = jax.random.categorical(k2, jnp.log(population.probabilities))
         total = population.total + self.prior(data, u)

@@ -217,9 +217,6 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             later = jnp.where(there, later, 0.0)
             inner.add(later - psi)
             psi = later
-        if outermost and walker.num_steps is not None:
-            counted = x["step"] < walker.num_steps
-            inner.increments = jnp.where(counted, inner.increments, 0.0)
         before_evidence = population.total
         inner.settle()
         new_carry = [
@@ -238,7 +235,6 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             y["ancestors"] = ancestors
             if settings.smoothing == "ffbs" and number >= 0:
                 y["backward"] = (new_carry, inner.population.log_weights)
-        static["increments"] = inner.increments.shape
         return (new_carry, consts, inner.population, amap, psi), y
 
     state.settle()
@@ -256,7 +252,6 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         for a in frame.addresses
         if a in state.proposed
     }
-    x["step"] = steps[::-1] if frame.reverse else steps  # in the order of execution
     if looking:
         x["next"] = _shifted((sliced, frame.xs, messages), frame)
     frame.start = (init, state.population)

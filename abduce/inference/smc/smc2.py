@@ -199,7 +199,7 @@ def _rejuvenate(rule, num_moves, evidence, data, particles, population, time, ke
     walk = RandomWalk.start(particles[0])
     walk = RandomWalk(mean, cov, walk.log_scale, walk.count)
 
-    def full(data, key, u, num_steps):
+    def full(data, key, u):
         cumulative, values = _run_inside(evidence, data, key, u)
         return jnp.take(cumulative, time) + evidence.prior(data, u), (cumulative, values)
 
