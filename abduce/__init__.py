@@ -50,6 +50,8 @@ from abduce.inference.smc.smc2 import smc2
 from abduce.inference.smc.steering import steer
 from abduce.inference.smc.steering_checks import check_potential
 from abduce.inference.stored import load
+from abduce.inference.vi import grad
+from abduce.inference.vi.expectation import expectation
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
 from abduce.ppl.inside import log_density, propose
@@ -94,8 +96,10 @@ __all__ = [
     "deterministic",
     "dist",
     "do",
+    "expectation",
     "factor",
     "from_numpyro",
+    "grad",
     "graph",
     "guided",
     "guiding",

@@ -9,13 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro.distributions as _numpyro
 from numpyro.distributions import *  # noqa: F403
 from numpyro.distributions import biject_to, constraints, transforms
 
 from abduce.errors import InvalidModel, NoDensity
 
-__all__ = [*_numpyro.__all__, "Simulator", "biject_to", "constraints", "transforms"]
+__all__ = [
+    *_numpyro.__all__,
+    "OneHotCategorical",
+    "Simulator",
+    "biject_to",
+    "constraints",
+    "transforms",
+]
 
 
 class Simulator(_numpyro.Distribution):
@@ -76,6 +84,57 @@ class Simulator(_numpyro.Distribution):
         d.args = children[0]
         _numpyro.Distribution.__init__(d, (), event_shape)
         return d
+
+
+class OneHotCategorical(_numpyro.Distribution):
+    """A categorical choice as a one-hot float vector.
+
+    Args:
+        logits: Log probabilities, up to a constant; shape `(..., K)`.
+        probs: Or probabilities, which are normalized.
+
+    Example:
+        >>> dist.OneHotCategorical(probs=jnp.array([0.2, 0.8])).sample(key).shape
+        (2,)
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
+    has_enumerate_support = True
+
+    def __init__(self, logits=None, probs=None, *, validate_args=None):
+        if (logits is None) == (probs is None):
+            raise InvalidModel("dist.OneHotCategorical takes logits= or probs=, one of them.")
+        self.logits = jnp.log(jnp.asarray(probs)) if logits is None else jnp.asarray(logits)
+        super().__init__(
+            self.logits.shape[:-1], self.logits.shape[-1:], validate_args=validate_args
+        )
+
+    @property
+    def support(self):
+        return constraints.simplex
+
+    def sample(self, key, sample_shape=()):
+        shape = (*sample_shape, *self.batch_shape)
+        index = jax.random.categorical(key, self.logits, shape=shape)
+        return jax.nn.one_hot(index, self.event_shape[0], dtype=jnp.result_type(float))
+
+    def log_prob(self, value, intermediates=None):
+        logits = jax.nn.log_softmax(self.logits)
+        return jnp.sum(jnp.where(value > 0, value * logits, 0.0), -1)
+
+    def enumerate_support(self, expand=True):
+        n = self.event_shape[0]
+        values = jnp.eye(n, dtype=jnp.result_type(float))
+        values = values.reshape((n, *(1,) * len(self.batch_shape), n))
+        return jnp.broadcast_to(values, (n, *self.batch_shape, n)) if expand else values
+
+    @property
+    def mean(self):
+        return jax.nn.softmax(self.logits)
+
+    @property
+    def variance(self):
+        return self.mean * (1 - self.mean)
 
 
 class Estimated(_numpyro.Distribution):

@@ -88,6 +88,7 @@ def propagate(
     jaxpr: Any,
     visit: Callable[[Visit], Iterable[Label]],
     inputs: Sequence[Iterable[Label]] | None = None,
+    watch: Callable[[Any, Callable[[Any], Labels]], None] | None = None,
 ) -> list[Labels]:
     """Propagates labels through a staged program.
 
@@ -97,6 +98,8 @@ def propagate(
             site's value. A site in a scan is visited once per round of the fixpoint, with sets
             that only grow, so collect by union.
         inputs: Labels of the program's inputs; none by default.
+        watch: Called with each jaxpr (open) that was gone through and a function from its
+            variables to their labels; as often as the fixpoints need, with sets that only grow.
 
     Returns:
         Labels of the program's outputs.
@@ -113,7 +116,7 @@ def propagate(
     inner, _ = _jax.inner_jaxpr(jaxpr)
     given = [_NONE] * len(inner.invars) if inputs is None else [frozenset(x) for x in inputs]
     values = [_Value(labels, object()) for labels in given]
-    return [v.labels for v in _Walk(visit).run(jaxpr, values, _Where())]
+    return [v.labels for v in _Walk(visit, watch).run(jaxpr, values, _Where())]
 
 
 class _Value(NamedTuple):
@@ -143,8 +146,9 @@ class _Where:
 
 
 class _Walk:
-    def __init__(self, visit: Callable[[Visit], Iterable[Label]]):
+    def __init__(self, visit: Callable[[Visit], Iterable[Label]], watch: Any = None):
         self.visit = visit
+        self.watch = watch
         self.cells: dict[Hashable, Labels] = {}  # of each mutable reference, by ident
 
     def run(self, jaxpr: Any, values: Sequence[_Value], where: _Where) -> list[_Value]:
@@ -158,6 +162,8 @@ class _Walk:
         for i, eqn in enumerate(inner.eqns):
             outs = self.equation(eqn, [read(a) for a in eqn.invars], where.at(i))
             env.update(zip(eqn.outvars, outs, strict=True))
+        if self.watch is not None:
+            self.watch(inner, lambda a: read(a).labels)
         return [read(a) for a in inner.outvars]
 
     def equation(self, eqn: Any, vals: list[_Value], where: _Where) -> list[_Value]:

@@ -24,7 +24,18 @@ from abduce.errors import DuplicateAddress, InvalidModel, InvalidValue
 from abduce.ppl import _jax
 from abduce.ppl.site import Site, bind, has_sites, site_p
 
-__all__ = ["Handler", "State", "address_key", "loop_error", "walk"]
+__all__ = [
+    "Handler",
+    "State",
+    "address_key",
+    "addresses",
+    "broadcast_operand",
+    "element_keys",
+    "first_site",
+    "loop_error",
+    "undifferentiable",
+    "walk",
+]
 
 
 class Handler(Protocol):
@@ -85,6 +96,19 @@ def address_key(key: Any, address: str) -> Any:
     return jax.random.fold_in(jax.random.fold_in(key, a), b)
 
 
+def element_keys(site: Site, key: Any) -> Any:
+    """A key for every element of a site's mapped axes."""
+
+    def over(keys, sizes):
+        if not sizes:
+            return keys
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        index = jnp.arange(sizes[0], dtype=jnp.uint32)
+        return jax.vmap(lambda k: over(k, sizes[1:]))(fold(keys, index))
+
+    return over(address_key(key, site.address), site.axis_sizes)
+
+
 def walk(handler: Handler, jaxpr: Any, args: Sequence[Any], state: State) -> list[Any]:
     """Runs a jaxpr with sites under a handler; updates `state.acc` and `state.records`."""
     inner, consts = _jax.inner_jaxpr(jaxpr)
@@ -126,7 +150,7 @@ def _equation(handler: Handler, eqn: Any, vals: list[Any], state: State) -> list
     outs = walk(handler, jaxpr, vals, state)
     if kind == "custom":
         name = first_site(jaxpr).address
-        outs = [_undifferentiable(x, name) for x in outs]
+        outs = [undifferentiable(x, name) for x in outs]
     return outs
 
 
@@ -313,7 +337,7 @@ def _remat(handler: Handler, eqn: Any, jaxpr: Any, vals: list[Any], state: State
     return outs
 
 
-def _undifferentiable(x: Any, address: str) -> Any:
+def undifferentiable(x: Any, address: str) -> Any:
     """Passes a value on, and refuses derivatives: the custom rule knows nothing of the site."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return x

@@ -199,6 +199,11 @@ def _sample_one(address: str, d: Any, obs: Any, dims: Any, grad: Any) -> Any:
         if mask is not None:
             mask = checked_mask(site, mask, where)
             site, operands = site.with_operand(operands, "mask", mask, mapped=True)
+    baseline = getattr(grad, "operand", None)
+    if baseline is not None:  # of a score-function gradient; a number of the program
+        site = site.replace(grad=grad.without_operand())
+        baseline = jnp.broadcast_to(as_float(baseline), site.batch_shape)
+        site, operands = site.with_operand(operands, "baseline", baseline, mapped=False)
     site, operands = _with_scale(site, operands)
     return bind(site, operands)
 

@@ -24,7 +24,7 @@ from abduce.ppl.data import as_data
 from abduce.ppl.interpreter import loop_error
 from abduce.ppl.site import Site, has_sites, site_p
 
-__all__ = ["Arguments", "Program", "SiteInfo", "pack", "relative", "stage"]
+__all__ = ["Arguments", "Program", "SiteInfo", "pack", "prepare_argument", "relative", "stage"]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -69,8 +69,8 @@ def _is_dynamic(leaf: Any) -> bool:
     )
 
 
-def _prepare(x: Any) -> Any:
-    """Lists of numbers, pandas and xarray objects become arrays; the rest stays."""
+def prepare_argument(x: Any) -> Any:
+    """A model's argument: lists of numbers, pandas and xarray objects become arrays."""
     if hasattr(x, "to_numpy") and not isinstance(x, jax.Array):
         return as_data(x)
     if isinstance(x, list):
@@ -79,11 +79,11 @@ def _prepare(x: Any) -> Any:
             isinstance(v, (int, float, np.number)) for v in leaves  # a list of arrays is a pytree
         ):
             return as_data(x)
-        return [_prepare(v) for v in x]
+        return [prepare_argument(v) for v in x]
     if type(x) is dict:
-        return {k: _prepare(v) for k, v in x.items()}
+        return {k: prepare_argument(v) for k, v in x.items()}
     if type(x) is tuple:
-        return tuple(_prepare(v) for v in x)
+        return tuple(prepare_argument(v) for v in x)
     if type(x).__module__.startswith("flax.nnx") or any(
         c.__module__.startswith("flax.nnx") for c in type(x).__mro__
     ):
@@ -95,8 +95,8 @@ def _prepare(x: Any) -> Any:
 
 def pack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Splits a model and its arguments into dynamic arrays and a static, hashable rest."""
-    args = tuple(_prepare(a) for a in args)
-    kwargs = {k: _prepare(v) for k, v in kwargs.items()}
+    args = tuple(prepare_argument(a) for a in args)
+    kwargs = {k: prepare_argument(v) for k, v in kwargs.items()}
     leaves, treedef = jax.tree_util.tree_flatten((model, args, kwargs))
     dynamic: list[Any] = []
     static: list[Any] = []

@@ -24,7 +24,7 @@ from numpyro.distributions import constraints
 from abduce.errors import InvalidModel, MissingData, MissingKey, NoDensity
 from abduce.ppl.checks import is_whole_space
 from abduce.ppl.densities import log_prob
-from abduce.ppl.interpreter import address_key, broadcast_operand
+from abduce.ppl.interpreter import broadcast_operand, element_keys
 from abduce.ppl.site import Site, elementwise
 from abduce.ppl.support import bijection
 
@@ -124,7 +124,7 @@ class Replay:
     def _auxiliary(self, site, operands, key):
         if key is None or self.only_estimates:  # then everything it serves is supplied
             return jnp.zeros(site.full_shape, site.dtype)
-        keys = self._element_keys(site, key)
+        keys = element_keys(site, key)
         return elementwise(site, lambda ops, k: site.build(ops).sample(k), operands, keys)
 
     def _factor(self, site, operands, acc):
@@ -147,12 +147,12 @@ class Replay:
             if not (self.soft_missing and (site.branches or given is not None)):
                 raise _missing(site, given)
             missing = True
-        keys = self._element_keys(site, key) if needs_draw and missing is None else None
+        keys = element_keys(site, key) if needs_draw and missing is None else None
         estimate_keys = None
         if scored and is_estimated(site):
             if key is None:
                 raise estimate_needs_key(site)
-            estimate_keys = self._element_keys(site, jax.random.fold_in(key, 1))
+            estimate_keys = element_keys(site, jax.random.fold_in(key, 1))
         value = given.value if given is not None else None
         mask = given.mask if given is not None else None
         hidden = given.hidden if given is not None else None
@@ -251,18 +251,6 @@ class Replay:
             acc = acc.add(total, supplied)
         record = {name: out[name] for name in sorted(self.record) if name in out}
         return [out["value"]], acc, self._guard_record(site, operands, record)
-
-    def _element_keys(self, site, key):
-        keys = address_key(key, site.address)
-
-        def over(keys, sizes):
-            if not sizes:
-                return keys
-            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-            index = jnp.arange(sizes[0], dtype=jnp.uint32)
-            return jax.vmap(lambda k: over(k, sizes[1:]))(fold(keys, index))
-
-        return over(keys, site.axis_sizes)
 
 
 def _select(mask, a, b):

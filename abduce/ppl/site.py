@@ -139,7 +139,7 @@ class Site:
         shape: Of one element, without mapped axes (batch then event).
         dtype: Of the value.
         event_dim: How many trailing dimensions are one event.
-        roles: What each operand is: 'leaf', 'obs', 'mask', 'scale', 'guard'.
+        roles: What each operand is: 'leaf', 'obs', 'mask', 'scale', 'guard', 'baseline'.
         spec: The distribution (kind 'sample').
         axes: Mapped axes, outermost first.
         dims: Names of the element's own dimensions.

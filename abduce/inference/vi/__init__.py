@@ -1,0 +1,1 @@
+"""Variational inference: guides, objectives and normalizing flows."""
