@@ -71,8 +71,15 @@ def main() -> None:
         ])  # fmt: skip
         print(rows[-1], flush=True)
     header = [
-        "N", "abduce, s", "by hand, s", "ratio", "by hand with searchsorted, s", "particles, s",
-        "particles / abduce", "abduce with rbg keys, s", "log evidence",
+        "N",
+        "abduce, s",
+        "by hand, s",
+        "ratio",
+        "by hand with searchsorted, s",
+        "particles, s",
+        "particles / abduce",
+        "abduce with rbg keys, s",
+        "log evidence",
     ]
     scaling = [_scaling(y, t) for t in (250, 500, 1000)]
     body = (
@@ -84,7 +91,17 @@ def main() -> None:
             [[s["steps"], s["ns"], s["bytes"]] for s in scaling],
         )
     )
-    write_results(options.name, "Particle filters", body, {"filters": records, "scaling": scaling})
+    memory = [_memory(y, dim, store) for dim in (1, 16) for store in ("paths", "tree", "filter")]
+    body += (
+        f"\n\nWhat is stored of the past, at N = 1,000, {len(y)} steps and states of 1 and 16 "
+        "numbers, of which the first is observed.\n\n"
+        + markdown_table(
+            ["numbers", "store", "seconds", "temporary memory, bytes", "output, bytes", "nodes"],
+            [[m[c] for c in ("dim", "store", "s", "bytes", "output", "nodes")] for m in memory],
+        )
+    )
+    results = {"filters": records, "scaling": scaling, "memory": memory}
+    write_results(options.name, "Particle filters", body, results)
 
 
 def _returns() -> tuple[np.ndarray, str]:
@@ -178,9 +195,11 @@ def _compare(n: int, y: np.ndarray, repeats: int) -> dict[str, Any]:
         "abduce_s": lambda k: model.posterior(k, y).log_evidence,
         "by_hand_s": lambda k: float(hand(k, y, n)),
         "searchsorted_s": lambda k: float(searched(k, y, n)),
-        "rbg_s": lambda k: model.posterior(
-            jax.random.key(int(jax.random.bits(k) % 1000), impl="rbg"), y
-        ).log_evidence,
+        "rbg_s": lambda k: (
+            model.posterior(
+                jax.random.key(int(jax.random.bits(k) % 1000), impl="rbg"), y
+            ).log_evidence
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     values: dict[str, list[float]] = {name: [] for name in calls}
@@ -219,6 +238,42 @@ def _scaling(y: np.ndarray, steps: int) -> dict[str, Any]:
         "ns": statistics.median(times) / (steps * n) * 1e9,
         "bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
+
+
+def _memory(y: np.ndarray, dim: int, store: str) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    import abduce as ab
+    import abduce.dist as dist
+
+    @ab.model
+    def level(y):
+        def step(x, y):
+            x = ab.sample("x", dist.Normal(0.9 * x, 0.6))
+            ab.sample("y", dist.Normal(x[0], 0.5), obs=y)
+            return x, None
+
+        jax.lax.scan(step, ab.sample("x0", dist.Normal(0.0, 1.0).expand([dim])), y)
+
+    model = ab.smc(num_particles=1000, store=store)(level)
+
+    def run(key, y):
+        post = model.posterior(key, y)
+        return post.draws, post.log_evidence, post.diagnostics.get("num_nodes")
+
+    y = jnp.asarray(y, jnp.float32)
+    compiled = jax.jit(run).lower(jax.random.key(0), y).compile()
+    memory, times = compiled.memory_analysis(), []
+    for i in range(5):
+        begin = time.perf_counter()
+        out = jax.block_until_ready(compiled(jax.random.key(i), y))
+        times.append(time.perf_counter() - begin)
+    return {
+        "dim": dim, "store": store, "s": statistics.median(times),
+        "bytes": memory.temp_size_in_bytes, "output": memory.output_size_in_bytes,
+        "nodes": None if out[2] is None else int(out[2]),
+    }  # fmt: skip
 
 
 def _peer(python: str, y: np.ndarray) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class smc(Algorithm):
         resampler: 'systematic', 'multinomial', 'stratified', 'residual', 'ssp', 'killing' or
             'optimal_transport'.
         threshold: Resample where the effective sample size is below this fraction of N; 0 never,
-            1 at every step.
+            1 at every step. None: 0.5 for filtering and `post.update`, 0.9 for tempering, where
+            moves follow each resampling and make the copies differ again.
         proposal: Filtering: a Model called at each step of the scan as `proposal(given, carry,
             x)`, where `given` holds the step's observations. Tempering: a Model called as
             `proposal(given, *args)`, where the path starts.
@@ -43,22 +44,42 @@ class smc(Algorithm):
             observations and input; a log weight by which particles are resampled in advance, and
             which is taken back at the step itself (the auxiliary particle filter of Pitt and
             Shephard 1999).
-        store: Filtering: 'paths' returns whole paths; 'filter' keeps no past, so memory does not
+        store: Filtering: 'paths' returns whole paths; 'tree' returns the same paths, but while the
+            filter runs it keeps only what some particle still descends from, of the order of T + N
+            log N values instead of N T (Jacob, Murray and Rubenthaler 2015), for states that are
+            large; 'filter' keeps no past, so memory does not
             grow with the number of steps but for the moments of each step, which are in
             `diagnostics['filtered_mean/<address>']` and `['filtered_sd/<address>']`.
+        capacity: Filtering: how many values `store='tree'` has room for, at least
+            `num_particles`; None: T + 12 N log N + 2 N.
         smoothing: Filtering: 'genealogy' traces paths through their ancestors; 'ffbs' draws them
             by backward simulation (Godsill, Doucet and West 2004), N^2 work a step, for one scan
-            whose carry depends on its past only through the step's latents.
+            whose carry depends on its past only through the step's latents; 'paris' traces
+            ancestors for the paths, and estimates `functionals` with N work a step (Olsson and
+            Westerborn 2017), under the same condition.
+        functionals: Filtering, `smoothing='paris'`: a dict of functions `h(given, carry, x,
+            new_carry)` of a step: its observations, the carry before it, its input, the carry
+            after it. Each returns an array; the smoothed expectation of its sum over the steps of
+            the first scan is `diagnostics['paris/<name>']`. With `store='filter'`, memory does not
+            grow with the number of steps.
         kernel: Tempering: the moves, `None` (Hamiltonian moves where latents are continuous),
-            `ab.hmc(...)` or `ab.mh(...)`.
-        num_moves: Tempering: moves at each temperature.
+            `ab.hmc(...)` or `ab.mh(...)`. Filtering: `None`, or an `ab.mh(...)` that after each
+            resampling moves the latents of the last step, given the carry that entered it
+            (resample-move, Gilks and Berzuini 2001); its proposals are called as `q(given, carry,
+            x)`, where `given` holds the step's observations and current latents.
+        num_moves: Tempering: moves at each temperature. Filtering: moves after a resampling, None:
+            one.
         temperatures: Tempering: a fixed increasing sequence that ends in 1, or None: adaptive.
         min_steps: Tempering: the least number of temperatures. The effective sample size cannot
             see what no particle has met, so it alone may not decide.
         path: Tempering: 'likelihood', 'data' (observations enter along their leading axis), or a
             tuple of Models over the same latents that leads up to the model.
         mesh: Filtering: a `jax.sharding.Mesh` over whose first axis the particles are spread. They
-            are resampled globally, as on one device; `num_particles` must divide evenly.
+            are resampled globally, as on one device; `num_particles` must divide evenly. Devices
+            may belong to several processes (`jax.distributed`): each gets the whole posterior.
+        islands: Filtering: how many filters of `num_particles / islands` run side by side, weighted
+            by their evidences (Verge et al. 2015). They resample on their own; with `mesh=`,
+            devices exchange nothing until the end. Per-step diagnostics have the islands in front.
         waste_free: Tempering: length of the chains whose states are all kept (Dau and Chopin
             2022), or None.
 
@@ -74,12 +95,14 @@ class smc(Algorithm):
 
     num_particles: int = 1024
     resampler: str = "systematic"
-    threshold: float = 0.5
+    threshold: float | None = None
     proposal: Any = None
     initial: Any = None
     lookahead: Any = None
     store: str = "paths"
+    capacity: int | None = None
     smoothing: str = "genealogy"
+    functionals: Any = None
     kernel: Any = None
     num_moves: int | None = None
     temperatures: Any = None
@@ -87,6 +110,7 @@ class smc(Algorithm):
     path: Any = "likelihood"
     waste_free: int | None = None
     mesh: Any = None
+    islands: int = 1
 
     def __post_init__(self):
         check_count("smc", "num_particles", self.num_particles)
@@ -97,6 +121,18 @@ class smc(Algorithm):
                     f"ab.smc: {field}={getattr(self, field)!r}; there are "
                     f"{', '.join(map(repr, options))}."
                 )
+        if self.capacity is not None:
+            check_count("smc", "capacity", self.capacity, self.num_particles)
+            if self.store != "tree":
+                raise InvalidAlgorithm(
+                    f"ab.smc: capacity= is of the tree of store='tree', but store={self.store!r}."
+                )
+        self._check_functionals()
+        if self.store == "tree" and self.smoothing == "ffbs":
+            raise InvalidAlgorithm(
+                f"ab.smc: smoothing={self.smoothing!r} needs the particles of every step, which "
+                f"store='tree' prunes. Use store='paths'."
+            )
         if self.lookahead is not None and not callable(self.lookahead):
             raise InvalidAlgorithm(
                 f"ab.smc: lookahead= takes a function lookahead(given, carry, x), got "
@@ -113,22 +149,73 @@ class smc(Algorithm):
                 )
         if self.temperatures is not None:
             object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        if self.mesh is not None and self.num_particles % self.mesh.devices.shape[0]:
+        check_count("smc", "islands", self.islands)
+        if self.num_particles % self.islands:
+            raise InvalidAlgorithm(
+                f"ab.smc: {self.num_particles} particles do not divide evenly over "
+                f"islands={self.islands}."
+            )
+        if self.mesh is not None and self.islands > 1:
+            if self.islands % self.mesh.devices.shape[0]:
+                raise InvalidAlgorithm(
+                    f"ab.smc: islands={self.islands} do not divide evenly over the "
+                    f"{self.mesh.devices.shape[0]} devices of mesh={self.mesh.axis_names[0]!r}."
+                )
+        elif self.mesh is not None and self.num_particles % self.mesh.devices.shape[0]:
             raise InvalidAlgorithm(
                 f"ab.smc: {self.num_particles} particles do not divide evenly over the "
                 f"{self.mesh.devices.shape[0]} devices of mesh={self.mesh.axis_names[0]!r}."
             )
         self.resampling()
 
-    def resampling(self, *, conditional: bool = False) -> Resampling:
-        """The resampling rule."""
-        return Resampling(self.resampler, self.threshold, conditional)
+    def _check_functionals(self) -> None:
+        if self.functionals is None and self.smoothing != "paris":
+            return
+        pairs = tuple(dict(self.functionals or {}).items())
+        if self.smoothing != "paris" or not pairs or not all(callable(h) for _, h in pairs):
+            raise InvalidAlgorithm(
+                f"ab.smc: smoothing='paris' and functionals= go together, a dict of functions "
+                f"h(given, carry, x, new_carry) of a step; got smoothing={self.smoothing!r}, "
+                f"functionals={self.functionals!r}."
+            )
+        object.__setattr__(self, "functionals", pairs)  # hashable
+
+    def resampling(self, *, conditional: bool = False, tempering: bool = False) -> Resampling:
+        """The resampling rule of a filter, or of tempering."""
+        default = _TEMPERING_THRESHOLD if tempering else _FILTER_THRESHOLD
+        threshold = default if self.threshold is None else self.threshold
+        return Resampling(self.resampler, threshold, conditional)
 
     def settings(self) -> Settings:
         """How programs are run for the population."""
         return Settings(
-            self.num_particles, self.resampling(), self.store, self.smoothing, mesh=self.mesh
-        )
+            self.num_particles, self.resampling(), self.store, self.capacity, self.smoothing,
+            self.functionals or (), num_moves=1 if self.num_moves is None else self.num_moves,
+            islands=self.islands, mesh=self.mesh,
+        )  # fmt: skip
+
+    def require_one_island(self, where: str) -> None:
+        """Filters inside other algorithms have no islands."""
+        if self.islands > 1:
+            raise InvalidAlgorithm(
+                f"ab.smc: islands={self.islands} inside {where}; they are of a filter on its own. "
+                f"Leave islands= out."
+            )
+
+    def filter_moves(self) -> tuple[Model, ...] | None:
+        """Proposals of the kernel that moves the particles of a filter, or None."""
+        from abduce.inference.mcmc.mh import as_proposals, mh
+
+        if self.kernel is None:
+            return None
+        if not isinstance(self.kernel, mh):
+            raise InvalidAlgorithm(
+                f"ab.smc: in a particle filter kernel= takes an ab.mh(...), got {self.kernel!r}. A "
+                f"gradient move is a proposal too: ab.mh(proposal=q) with q(given, carry, x)."
+            )
+        if self.num_moves is not None:
+            check_count("smc", "num_moves", self.num_moves)
+        return as_proposals(self.kernel.proposal)
 
     def conditional_evidence(
         self, key: Any, model: Model, args: Any, kwargs: Any, choices: dict[str, Any]
@@ -139,6 +226,12 @@ class smc(Algorithm):
             raise InvalidAlgorithm(
                 f"ab.smc: `{program.name}` has no scan with data in it; a tempered run cannot "
                 f"retain a draw. Use ab.importance(...)."
+            )
+        self.require_one_island("a density that is estimated")
+        if self.kernel is not None:
+            raise InvalidAlgorithm(
+                "ab.smc: a conditional run (a density that is estimated by particles) cannot move "
+                "its retained path. Leave kernel= out."
             )
         settings = dataclasses.replace(
             self.settings(), resampling=self.resampling(conditional=True), store="filter"
@@ -154,7 +247,12 @@ class smc(Algorithm):
             return filter_posterior(self, problem, key)
         from abduce.inference.smc.tempering import run
 
+        self.require_one_island("tempering")
         return run(self, problem, key)
 
 
-_OPTIONS = {"store": ("paths", "filter"), "smoothing": ("genealogy", "ffbs")}
+_FILTER_THRESHOLD, _TEMPERING_THRESHOLD = 0.5, 0.9
+_OPTIONS = {
+    "store": ("paths", "tree", "filter"),
+    "smoothing": ("genealogy", "ffbs", "paris"),
+}

@@ -33,10 +33,10 @@ from abduce.ppl.operations import outside_scopes, run_program
 from abduce.ppl.program import Arguments, stage_packed
 from abduce.ppl.replay import Given, Replay
 
-__all__ = ["BLOCK", "Base", "Layout", "bridge", "particles_of", "reweigh"]
+__all__ = ["BLOCK", "MOST_EVEN", "Base", "Layout", "bridge", "particles_of", "reweigh"]
 
 BLOCK = 8  # batches that are evaluated at once
-_MOST_EVEN = 0.9  # the effective sample size that a part of a batch aims at is at most this
+MOST_EVEN = 0.9  # the effective sample size that a part of a batch aims at is at most this
 _SHORTEST = 1e-7, 0.02  # a part of a batch: at least that, and that share of what has entered
 
 
@@ -394,7 +394,7 @@ def bridge(
         whose ends particles were moved), 'acceptance_rate'.
     """
     n = position.shape[0]
-    share = min(resampling.threshold, _MOST_EVEN)
+    share = min(resampling.threshold, MOST_EVEN)
     always = dataclasses.replace(resampling, threshold=1.0)
 
     def density(temperature):
@@ -466,9 +466,7 @@ def bridge(
 
     count = jnp.zeros((), jnp.int32)
     carry = (zero, count, count, particles, population, memory, jnp.nan * zero)
-    _, _, parts, particles, population, memory, rate = jax.lax.while_loop(
-        unfinished, body, carry
-    )
+    _, _, parts, particles, population, memory, rate = jax.lax.while_loop(unfinished, body, carry)
     position, zs, z = density(one).parted(particles.position)
     read = functools.partial(_read, base, layout, start, data)
     _, (values, active) = jax.vmap(read)(position, z)

@@ -15,7 +15,10 @@ from abduce.ppl.interpreter import State, address_key, addresses
 
 __all__ = [
     "BACKWARD",
+    "ISLANDS",
+    "MOVE",
     "NEXT_SCAN",
+    "PARIS",
     "PROPOSE",
     "RENEW",
     "STEP",
@@ -26,9 +29,10 @@ __all__ = [
     "first_keys",
 ]
 
+ISLANDS = "\0islands"  # the mapped axis of filters side by side
 STEP = "\0step"  # the pseudo-address of the keys for resampling and proposals
 # What the key of a step is folded with, apart from the times of a scan inside it.
-PROPOSE, RENEW, BACKWARD, NEXT_SCAN = (2**32 - i for i in range(1, 5))
+PROPOSE, RENEW, BACKWARD, NEXT_SCAN, MOVE, PARIS = (2**32 - i for i in range(1, 7))
 
 
 class Particles:
@@ -51,28 +55,49 @@ class Settings:
     Attributes:
         num_particles: N.
         resampling: When and how.
-        store: 'paths' keeps each particle's whole past, 'filter' only moments of each step.
-        smoothing: 'genealogy' traces the ancestors back; 'ffbs' simulates backwards.
+        store: 'paths' keeps each particle's whole past, 'tree' of it only what a particle descends
+            from, 'filter' only moments of each step.
+        capacity: Places in the tree; None: a default that grows with T + N log N.
+        smoothing: 'genealogy' traces the ancestors back; 'ffbs' simulates backwards; 'paris' also
+            sums up functionals.
+        functionals: Pairs of a name and an additive function of the path.
         ancestor_sampling: In conditional runs, the retained path gets a new past at each step.
         num_paths: How many paths 'ffbs' simulates (all particles share them); None: N.
+        num_moves: How often a kernel moves the particles after a resampling.
+        islands: How many filters run side by side.
         mesh: Devices over whose first axis the particles are spread, or None.
+        mesh_axis: Of islands, the name of the mesh's axis.
     """
 
     num_particles: int
     resampling: Resampling
     store: str = "paths"
+    capacity: int | None = None
     smoothing: str = "genealogy"
+    functionals: tuple[Any, ...] = ()
     ancestor_sampling: bool = False
     num_paths: int | None = None
+    num_moves: int = 1
+    islands: int = 1
     mesh: Any = None
+    mesh_axis: str | None = None
 
     def spread(self, array: Any) -> Any:
         """Lays an array with a leading particle axis out over the mesh."""
         if self.mesh is None:
             return array
-        mesh = Mesh(self.mesh.devices, self.mesh.axis_names)  # with axes that XLA may lay out
-        spec = PartitionSpec(mesh.axis_names[0])
-        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+        spec = PartitionSpec(self.mesh.axis_names[0])
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.devices, spec))
+
+    @property
+    def devices(self) -> Mesh:
+        """The mesh, with axes that XLA may lay out."""
+        return Mesh(self.mesh.devices, self.mesh.axis_names)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the mesh has devices of several processes."""
+        return self.mesh is not None and len({d.process_index for d in self.mesh.devices.flat}) > 1
 
     @property
     def conditional(self) -> bool:
@@ -91,6 +116,7 @@ class Cloud(State):
         retained: Per address, the value of particle 0 in conditional runs; in a 'score' walk, of
             all.
         proposed: Per address, values that a proposal drew.
+        sums: Per functional, its smoothed sum given each particle (`smoothing='paris'`).
         summaries: Per address, moments over particles (`store='filter'`).
         reports: What each scan reports of its steps.
         carries: The last carry of each scan, for resuming.
@@ -103,6 +129,7 @@ class Cloud(State):
     __slots__ = (
         "carries", "closed", "guard", "increments", "keys", "maps", "mode", "population",
         "proposed", "reports", "retained", "scans", "summaries",
+        "sums",
     )  # fmt: skip
 
     def __init__(self, keys, inputs, population, *, retained=None, proposed=None, mode="run"):
@@ -115,6 +142,7 @@ class Cloud(State):
         self.retained = retained or {}
         self.proposed = proposed or {}
         self.summaries: dict[str, Any] = {}
+        self.sums: dict[str, Any] = {}
         self.reports: list[dict[str, Any]] = []
         self.carries: list[Any] = []
         self.mode = mode

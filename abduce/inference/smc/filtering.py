@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from abduce.errors import Degenerate
+from abduce.errors import Degenerate, InvalidAlgorithm
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem
 from abduce.inference.smc.cloud import Cloud, Particles, Settings, first_keys
@@ -35,6 +36,7 @@ def run_filter(
     proposal: Any = None,
     initial: Any = None,
     lookahead: Any = None,
+    moves: Any = None,
     retained: dict[str, Any] | None = None,
     known: dict[str, Any] | None = None,
     resume: Any = (),
@@ -48,14 +50,15 @@ def run_filter(
         given: Observed values, in the layout users see.
         key: Random key.
         proposal, initial, lookahead: As of `ab.smc`.
+        moves: Proposals of a kernel that moves particles after a resampling, or None.
         retained: Choices of the retained path, in the layout users see.
         known: Draws of latents that an earlier run has weighed, `(N, ...)`, in the users' layout.
         resume: Per scan, the carry to start from.
         population: The weights to start from.
 
     Returns:
-        'values' and 'active' by address, `(N, ...)` in the users' layout; 'population';
-        'summaries'; 'reports' of the scans; 'carries' of the scans at the top.
+        'values' and 'active' by address, `(N, ...)` in the users' layout; 'population'; 'sums' of
+        the functionals; 'summaries'; 'reports' of the scans; 'carries' of the scans at the top.
     """
     with outside_scopes():
         program = stage_packed(arguments)
@@ -80,6 +83,7 @@ def run_filter(
     walker = Walker(
         settings, live_variables(program.jaxpr), proposal, lookahead, tuple(resume), messages,
         live_variables(program.jaxpr, weighing=True) if settings.ancestor_sampling else frozenset(),
+        moves,
     )  # fmt: skip
     state = Cloud(
         first_keys(program.jaxpr, key), inputs, population or Population.start(walker.n),
@@ -106,18 +110,37 @@ def run_filter(
         a: {k: program.sites[a].to_logical(v) for k, v in s.items()}
         for a, s in state.summaries.items()
     }
+    weights = state.population.probabilities
+    sums = {
+        name: jnp.tensordot(weights, state.resolve(v)[0], 1) for name, v in state.sums.items()
+    }  # fmt: skip
     return {
-        "values": values, "active": active, "population": state.population,
+        "values": values, "active": active, "population": state.population, "sums": sums,
         "summaries": summaries, "reports": state.reports, "carries": state.carries,
     }  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(settings, lookahead, arguments, given, key, proposal, initial, known, resume, population):
-    return run_filter(
-        settings, arguments, given, key, proposal=proposal, initial=initial, lookahead=lookahead,
-        known=known, resume=resume, population=population,
-    )  # fmt: skip
+def _run(
+    settings, lookahead, arguments, given, key, proposal, initial, moves, known, resume, population
+):
+    carried = {"known": known, "resume": resume, "population": population}
+    if settings.islands > 1:
+        from abduce.inference.smc.islands import run_islands
+
+        shared = {"proposal": proposal, "initial": initial, "moves": moves}
+        out = run_islands(
+            settings, arguments, given, key, lookahead=lookahead, shared=shared, **carried
+        )
+    else:
+        out = run_filter(
+            settings, arguments, given, key, proposal=proposal, initial=initial,
+            lookahead=lookahead, moves=moves, **carried,
+        )  # fmt: skip
+    if settings.spans_processes:  # every process gets the whole result
+        everywhere = NamedSharding(settings.devices, PartitionSpec())
+        out = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), out)
+    return out
 
 
 def filter_posterior(
@@ -130,21 +153,29 @@ def filter_posterior(
     population: Population | None = None,
 ) -> Posterior:
     """Runs `ab.smc` as a particle filter; see `run_filter`."""
+    settings = alg.settings()
     out = _run(
-        alg.settings(), alg.lookahead, problem.arguments, problem.given, key, alg.proposal,
-        alg.initial, known, resume, population,
+        settings, alg.lookahead, problem.arguments, problem.given, key, alg.proposal,
+        alg.initial, alg.filter_moves(), known, resume, population,
     )  # fmt: skip
+    if settings.spans_processes and not isinstance(out["population"].total, jax.core.Tracer):
+        out = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), out)
     final: Population = out["population"]
     sites = problem.program.sites
     draws = {a: out["values"][a][None] for a in sites if a in out["values"]}
     active = {a: x[None] for a, x in out["active"].items()}
     diagnostics = _diagnostics(out)
     messages: list[str] = []
-    if not isinstance(final.total, jax.core.Tracer):
-        _require_alive(problem, out)
+    log_weights = final.log_weights
+    if isinstance(final.total, jax.core.Tracer):
+        for report in out["reports"]:  # nothing can be raised here
+            log_weights = jnp.where(jnp.any(report.get("lost", False)), jnp.nan, log_weights)
+    else:
+        _require_alive(alg, problem, out)
+        _require_room(alg, out)
         messages = _messages(alg, problem, out, draws)
     return make_posterior(
-        problem, draws, algorithm="smc", log_weights=final.log_weights[None],
+        problem, draws, algorithm="smc", log_weights=log_weights[None],
         log_evidence=_number(final.total), diagnostics=diagnostics, messages=messages,
         active=active, 
         resume={"carries": out["carries"], "population": final, "algorithm": alg},
@@ -163,20 +194,30 @@ def _diagnostics(out: dict[str, Any]) -> dict[str, Any]:
         found[f"ess{suffix}"] = report["ess"]
         found[f"resampled{suffix}"] = report["resampled"]
         found[f"log_evidence_increments{suffix}"] = report["log_evidence"]
+        if "num_nodes" in report:
+            found[f"num_nodes{suffix}"] = report["num_nodes"]
+        if "acceptance_rate" in report:
+            found[f"acceptance_rate{suffix}"] = report["acceptance_rate"]
+    for name in ("log_evidences", "island_ess"):
+        if name in out:
+            found[name] = out[name]
+    for name, value in out["sums"].items():
+        found[f"paris/{name}"] = value
     for address, moments in out["summaries"].items():
         found[f"filtered_mean/{address}"] = moments["mean"]
         found[f"filtered_sd/{address}"] = moments["sd"]
     return found
 
 
-def _require_alive(problem: Problem, out: dict[str, Any]) -> None:
+def _require_alive(alg: Any, problem: Problem, out: dict[str, Any]) -> None:
     if np.isfinite(float(out["population"].total)):
         return
     where = ""
     for report in out["reports"]:
         dead = ~np.isfinite(np.asarray(report["log_evidence"]))
         if dead.any():
-            where = f" at step {tuple(int(i) for i in np.argwhere(dead)[0])} of the scan"
+            index = np.argwhere(dead)[0][1 if alg.islands > 1 else 0 :]
+            where = f" at step {tuple(int(i) for i in index)} of the scan"
             where = where.replace(",)", ")").replace("(", "").replace(")", "")
             break
     observed = [
@@ -190,15 +231,30 @@ def _require_alive(problem: Problem, out: dict[str, Any]) -> None:
     )
 
 
+def _require_room(alg: Any, out: dict[str, Any]) -> None:
+    for report in out["reports"]:
+        if np.any(report.get("lost", False)):
+            raise InvalidAlgorithm(
+                f"ab.smc(store='tree'): the paths of {alg.num_particles} particles need more than "
+                f"{np.max(report['capacity'])} values at once: few particles die at the steps. "
+                f"Raise capacity=, or use store='paths'."
+            )
+
+
 def _messages(alg: Any, problem: Problem, out: dict[str, Any], draws: dict[str, Any]) -> list[str]:
-    n = alg.num_particles
+    n, island = alg.num_particles, alg.num_particles // alg.islands
     messages = []
+    if alg.islands > 1 and out["island_ess"] < 0.3 * alg.islands:
+        messages.append(
+            f"ab.smc: the evidences of the {alg.islands} islands differ so much that about "
+            f"{float(out['island_ess']):.1f} of them count. Use fewer, larger islands."
+        )
     for report in out["reports"]:
         ess = np.asarray(report["ess"])
-        low = ess < max(2.0, 0.002 * n)
-        if n >= 100 and low.any():
+        low = ess < max(2.0, 0.002 * island)
+        if island >= 100 and low.any():
             messages.append(
-                f"ab.smc: the effective sample size falls to {ess.min():.1f} of {n} at "
+                f"ab.smc: the effective sample size falls to {ess.min():.1f} of {island} at "
                 f"{int(low.sum())} of {ess.size} steps: few particles explain the observation "
                 f"there. Raise num_particles, or pass proposal= or lookahead=."
             )

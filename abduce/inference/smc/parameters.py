@@ -55,6 +55,7 @@ class Evidence:
         return run_filter(
             self.settings, data["arguments"], {**data["given"], **fixed}, key,
             proposal=data["proposal"], initial=data["initial"], lookahead=self.lookahead,
+            moves=data["moves"],
         )  # fmt: skip
 
     def __call__(self, data: Any, key: Any, u: Any) -> tuple[Any, dict[str, Any]]:
@@ -102,8 +103,9 @@ def make_evidence(
     target, inputs = make_target(rest, name)
     data = {
         "arguments": problem.arguments, "given": problem.given, "proposal": alg.proposal,
-        "initial": alg.initial, "target": inputs,
+        "initial": alg.initial, "moves": alg.filter_moves(), "target": inputs,
     }  # fmt: skip
+    alg.require_one_island(name)
     settings = dataclasses.replace(alg.settings(), store="paths")
     return Evidence(settings, target, alg.lookahead), data
 

@@ -47,6 +47,7 @@ class Walker:
     Attributes:
         settings: See `Settings`.
         live: Variables of the program that something still needs (see `live_variables`).
+        moves: Proposals of the kernel that moves particles after a resampling; None: no kernel.
         weighed: Variables on which a log density depends; empty without ancestor sampling.
         proposal: Called at each step of a scan as `proposal(given, carry, x)`, or None; a tuple
             has one for each scan of the top level.
@@ -62,6 +63,7 @@ class Walker:
     resume: Sequence[Any] = ()
     messages: Any = None
     weighed: frozenset[Any] = frozenset()
+    moves: Any = None
 
     def proposal_of(self, number: int) -> Any:
         """The proposal for a scan of the top level; one alone is for the first scan."""

@@ -20,7 +20,16 @@ from abduce.ppl.masked import Masked
 from abduce.ppl.operations import outside_scopes
 from abduce.ppl.program import stage
 
-__all__ = ["lookahead", "observations", "root_of", "run_proposal", "tree_of"]
+__all__ = [
+    "lookahead",
+    "observations",
+    "proposed_latents",
+    "root_of",
+    "run_proposal",
+    "stage_proposal",
+    "tree_of",
+    "walk_proposal",
+]
 
 
 def observations(inputs: Any, message: Any) -> dict[str, Any]:
@@ -51,33 +60,60 @@ def _stand_ins(tree: Any, leaves: dict[int, Any]) -> Any:
 
 def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: Any, known) -> None:
     """Runs a proposal for all particles; its values go to `state.proposed`."""
-    leaves: dict[Any, Any] = {}
-    stand_ins = _stand_ins(args, leaves)
-    with outside_scopes():
-        program, arguments = stage(proposal.with_algorithm(None), stand_ins, {})
-    inputs = [*program.closed, *(leaves.get(id(v), v) for v in arguments.dynamic)]
+    program, q = walk_proposal(walker, proposal, args, key, retained=state.retained)
+    latents = proposed_latents(program, known, state.inputs)
+    for address in latents:
+        state.proposed[address] = Particles(q.resolve(q.records[address]["value"])[0])
+    state.add(-q.population.log_weights)
+
+
+def walk_proposal(
+    walker: Walker, proposal: Any, args: Any, key: Any, *, retained: Any, mode: str = "propose"
+) -> tuple[Any, Cloud]:
+    """Runs a proposal for all particles, or scores `retained` under it (`mode='score'`).
+
+    Returns:
+        Its program, and its cloud: the weights are its log density.
+    """
+    program, inputs = stage_proposal(proposal, args)
     q = Cloud(
-        first_keys(program.jaxpr, key), {}, Population.start(walker.n), retained=state.retained,
-        mode="propose",
+        first_keys(program.jaxpr, key), {}, Population.start(walker.n), retained=retained,
+        mode=mode,
     )  # fmt: skip
     q.scans = -1
     own = dataclasses.replace(walker, live=live_variables(program.jaxpr))
     walk(own, program.jaxpr, inputs, q)
+    q.settle()
+    return program, q
+
+
+def stage_proposal(proposal: Any, args: Any) -> tuple[Any, list[Any]]:
+    """The program of a proposal, and its inputs for all particles."""
+    leaves: dict[Any, Any] = {}
+    stand_ins = _stand_ins(args, leaves)
+    with outside_scopes():
+        program, arguments = stage(proposal.with_algorithm(None), stand_ins, {})
+    return program, [*program.closed, *(leaves.get(id(v), v) for v in arguments.dynamic)]
+
+
+def proposed_latents(program: Any, known: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The latents of a proposal, by address.
+
+    Raises:
+        InvalidValue: The model has no such latents there.
+    """
     latents = {a: s for a, s in program.sites.items() if s.is_latent}
     unknown = [a for a in latents if a not in known]
-    taken = [a for a in latents if a in state.inputs and state.inputs[a].mask is None]
+    taken = [a for a in latents if a in inputs and inputs[a].mask is None]
     if unknown or taken:
         raise InvalidValue(
             f"the proposal `{program.name}` does not fit the model: "
             + (f"{unknown} are not latents there; " if unknown else "")
             + (f"{taken} are observed; " if taken else "")
             + f"the proposal has {sorted(latents)}, the latents there are "
-            f"{sorted(a for a in known if a not in state.inputs)}."
+            f"{sorted(a for a in known if a not in inputs)}."
         )
-    for address in latents:
-        state.proposed[address] = Particles(q.resolve(q.records[address]["value"])[0])
-    q.settle()
-    state.add(-q.population.log_weights)
+    return latents
 
 
 def lookahead(frame: Any, consts, carry, inputs, xs, extra) -> Any:

@@ -7,6 +7,7 @@ and Papaspiliopoulos, "An Introduction to Sequential Monte Carlo" (2020), chapte
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 
 from abduce.errors import InvalidModel
 from abduce.inference.smc.cloud import (
+    MOVE,
     NEXT_SCAN,
+    PARIS,
     PROPOSE,
     RENEW,
     STEP,
@@ -24,6 +27,7 @@ from abduce.inference.smc.cloud import (
     closed_error,
 )
 from abduce.inference.smc.flow import carry_flags, estimated_addresses
+from abduce.inference.smc.history import collect, finish, run_steps
 from abduce.inference.smc.particles import Walker
 from abduce.inference.smc.population import Population, take
 from abduce.inference.smc.proposals import (
@@ -132,6 +136,21 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         from abduce.inference.smc.smoothing import require_renewable
 
         require_renewable(frame)
+    moving = walker.moves is not None and resamples and number >= 0
+    latents = {}
+    if moving:
+        from abduce.inference.smc.rejuvenation import Step, movable_latents, resample_move
+
+        latents = movable_latents(frame, state.inputs)
+        moving = bool(latents) and frame.length > 0
+    summing = (
+        settings.smoothing == "paris" and number == 0 and state.mode == "run"
+        and not inside_branch and frame.length > 0
+    )  # fmt: skip
+    if summing:
+        from abduce.inference.smc import paris
+
+        paris.require_smoothable(frame)
     init = frame.carry if resumed is None else _resumed(frame, resumed)
     steps = jnp.arange(frame.length, dtype=jnp.uint32)
     keys = {
@@ -154,38 +173,48 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
 
     def inner_state(key, inputs, held, population):
         inner = Cloud(key, {**shared, **inputs}, population, mode=state.mode)
-        inner.retained = {a: Particles(x) if retained_flags.get(a) else x for a, x in held.items()}
+        inner.retained = {
+            a: Particles(x) if retained_flags.get(a) and not isinstance(x, Particles) else x
+            for a, x in held.items()
+        }
         inner.scans, inner.conditional, inner.guard = -1, state.conditional, state.guard
         return inner
 
     def ahead(consts, carry, inputs, xs, message):
         return lookahead(frame, consts, carry, inputs, xs, _extra(message))
 
+    def resample(key, population, carry, consts, amap, psi):
+        movable = (
+            [c if m else None for c, m in zip(carry, frame.carry_flags, strict=True)],
+            [c if m else None for c, m in zip(consts, frame.const_flags, strict=True)],
+            amap, psi,
+        )  # fmt: skip
+        return movable, settings.resampling(
+            key, population, movable, _positions(frame, settings, carry)
+        )
+
+    def merge(new, old):
+        return [o if x is None else x for x, o in zip(new, old, strict=True)]
+
     def body(loop, x):
-        carry, consts, population, amap, psi = loop
+        carry, consts, population, amap, psi, came, sums = loop
+        entered = (carry, _untwisted(population.log_weights, psi), sums)
         xs, inputs, held, key = x["xs"], x["inputs"], x["retained"], x["keys"]
         proposed = x["proposed"]
         due, ancestors = jnp.zeros((), bool), None
-        if resamples:
-            movable = (
-                [c if m else None for c, m in zip(carry, frame.carry_flags, strict=True)],
-                [c if m else None for c, m in zip(consts, frame.const_flags, strict=True)],
-                amap, psi,
-            )  # fmt: skip
-            before = (carry, consts, population)
-            population, moved, ancestors, due = settings.resampling(
-                key[STEP], population, movable, _positions(frame, settings, carry)
+        if resamples and not moving:
+            before = (carry, consts, _untwisted(population.log_weights, psi))
+            movable, (population, moved, ancestors, due) = resample(
+                key[STEP], population, carry, consts, amap, psi
             )
             if renews:  # not in a nested scan: what follows it outside would weigh as well
                 key_a = jax.random.fold_in(key[STEP], RENEW)
                 new = _new_ancestor(frame, before, key_a, xs, inputs, held, inner_state)
                 ancestors = ancestors.at[0].set(jnp.where(due, new, ancestors[0]))
                 moved = take(movable, ancestors)
-            merge = lambda new, old: [  # noqa: E731
-                o if x is None else x for x, o in zip(new, old, strict=True)
-            ]
             carry, consts = merge(moved[0], carry), merge(moved[1], consts)
             amap, psi = moved[2], moved[3]
+        if resamples:
             xs = [
                 take(v, amap) if m else v for v, m in zip(xs, frame.xs_flags, strict=True)
             ]  # fmt: skip
@@ -200,6 +229,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             )
             key_q = jax.random.fold_in(key[STEP], PROPOSE)
             run_proposal(walker, proposal, args, inner, key_q, frame.addresses)
+        carry_in = carry
         outs = walk(walker, frame.body, frame.wrapped(consts, carry, xs), inner)
         pairs = [inner.resolve(o) for o in outs]
         consts = [inner.resolve(v)[0] for v in frame.wrapped_consts(consts)]
@@ -219,23 +249,60 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             psi = later
         before_evidence = population.total
         inner.settle()
+        ess = inner.population.ess
+        if moving:
+            beside: dict[str, Any] = {"amap": amap, "psi": psi}
+            later_psi = None
+            if looking:
+                beside["xs"] = [
+                    v if m else None for v, m in zip(xs_next, frame.xs_flags, strict=True)
+                ]
+
+                def later_psi(consts, ends, beside):
+                    xs = merge(beside["xs"], xs_next)
+                    psi = ahead(consts, ends, inputs_next, xs, message_next)
+                    return jnp.where(there, psi, 0.0)
+
+            step = Step(
+                frame, latents, carry_in, consts, xs, {**shared, **inputs}, beside, later_psi
+            )  # fmt: skip
+            again = settings.resampling.due(inner.population) & x["more"]
+            rule = dataclasses.replace(settings.resampling, threshold=1.0)
+            ends = step.ends(outs, inner)
+            inner, pairs, consts, beside, ancestors, rate = resample_move(
+                step, inner, pairs, again, jax.random.fold_in(key[STEP], MOVE),
+                lambda k, p, t: rule(k, p, t, _positions(frame, settings, ends))[:3],
+            )  # fmt: skip
+            amap, psi = beside["amap"], beside["psi"]
+            due, came = came, again
         new_carry = [
             settings.spread(frame._wide(a, m, want)) if want else a
             for (a, m), want in zip(pairs[: frame.nk], frame.carry_flags, strict=True)
         ]
-        report = {"ess": inner.population.ess, "resampled": due}
+        if summing:
+            drawn = {a: inner.resolve(r["value"]) for a, r in inner.records.items()}
+            drawn = {a: Particles(v) for a, (v, m) in drawn.items() if m}
+            sums = paris.advance(
+                frame, settings.functionals, jax.random.fold_in(key[STEP], PARIS), entered,
+                new_carry, jnp.arange(frame.n) if ancestors is None else ancestors,
+                (xs, {**shared, **inputs}),
+                lambda carry: score_step(frame, consts, carry, xs, inputs, drawn, inner_state),
+            )  # fmt: skip
+        report = {"ess": ess, "resampled": due}
+        if moving:
+            report["acceptance_rate"] = rate
         lost = jnp.isneginf(before_evidence)  # no NaN once all weights are zero
         report["log_evidence"] = jnp.where(
             lost, 0.0, inner.population.total - jnp.where(lost, 0.0, before_evidence)
         )
-        y = _collect(frame, inner, pairs, static, settings, state)
+        y = collect(frame, inner, pairs, static, settings, state)
         y["report"] = report
         y["nested"] = inner.reports
-        if ancestors is not None and settings.store == "paths" and state.mode == "run":
+        if ancestors is not None and settings.store != "filter" and state.mode == "run":
             y["ancestors"] = ancestors
             if settings.smoothing == "ffbs" and number >= 0:
-                y["backward"] = (new_carry, inner.population.log_weights)
-        return (new_carry, consts, inner.population, amap, psi), y
+                y["backward"] = (new_carry, _untwisted(inner.population.log_weights, psi))
+        return (new_carry, consts, inner.population, amap, psi, came, sums), y
 
     state.settle()
     psi = jnp.zeros((frame.n,), state.population.log_weights.dtype)
@@ -254,22 +321,42 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
     }
     if looking:
         x["next"] = _shifted((sliced, frame.xs, messages), frame)
-    frame.start = (init, state.population)
+    frame.start = (init, state.population, psi)
     amap = jnp.arange(frame.n, dtype=jnp.int32)
-    loop = (init, frame.consts, state.population, amap, psi)
-    (carry, _, state.population, amap, _), ys = jax.lax.scan(
-        body, loop, x, length=frame.length, reverse=frame.reverse, unroll=frame.unroll
+    sums = {}
+    if summing:
+        first = jax.tree.map(lambda v: v[0], (frame.xs, sliced))
+        sums = paris.start(frame, settings.functionals, (first[0], {**shared, **first[1]}))
+    loop = (init, frame.consts, state.population, amap, psi, None, sums)
+    if moving:  # particles are resampled at the ends of steps: here for the first
+        x["more"] = _shifted((), frame)[1]
+        key = jax.random.fold_in(state.keys[STEP], MOVE)
+        _, (population, moved, _, came) = resample(
+            key, state.population, init, frame.consts, amap, psi
+        )
+        loop = (
+            merge(moved[0], init), merge(moved[1], frame.consts), population, *moved[2:], came, sums
+        )  # fmt: skip
+    grows = settings.store == "tree" and outermost
+    (carry, _, state.population, amap, _, _, sums), ys, tree = run_steps(
+        body, loop, x, frame, static, settings.capacity or 0 if grows else None
     )
     if resamples:
         state.maps.append(amap)
+    state.sums |= {name: state.wrap(v) for name, v in sums.items()}
     if renews:
         from abduce.inference.smc.smoothing import require_unweighed
 
         require_unweighed(frame, static["ys"])
-    outs = _finish(frame, state, carry, ys, static, (x, settings, inner_state, number))
+    outs = finish(frame, state, carry, ys, static, (x, settings, inner_state, number, tree))
     if STEP in state.keys:  # two scans in sequence do not resample alike
         state.keys = {**state.keys, STEP: jax.random.fold_in(state.keys[STEP], NEXT_SCAN)}
     return outs
+
+
+def _untwisted(log_weights: Any, psi: Any) -> Any:
+    """The filter's log weights, without the look-ahead."""
+    return jnp.where(jnp.isneginf(log_weights), log_weights, log_weights - psi)
 
 
 def _positions(frame: Frame, settings: Any, carry: Sequence[Any]) -> Any:
@@ -312,118 +399,6 @@ def _shifted(tree: Any, frame: Frame) -> tuple[Any, Any]:
     return jax.tree.map(lambda v: jnp.roll(v, shift, axis=0), tree), there
 
 
-# ---------------------------------------------------------------------- what a step leaves behind
-
-
-def _collect(frame, inner, pairs, static, settings, state) -> dict[str, Any]:
-    """Per-step outputs: values something needs, records of sites or their moments."""
-    outs = pairs[frame.nk :]
-    static["ys"] = [m for _, m in outs]
-    y: dict[str, Any] = {
-        "ys": [a if live else None for (a, _), live in zip(outs, frame.live, strict=True)]
-    }
-    y["summaries"] = dict(inner.summaries)
-    records: dict[str, Any] = {}
-    static["records"] = {}
-    for address, record in inner.records.items():
-        resolved = {k: inner.resolve(v) for k, v in record.items()}
-        if settings.store == "filter" and state.mode == "run":
-            y["summaries"][address] = _moments(inner.population, resolved)
-            continue
-        records[address] = {k: a for k, (a, _) in resolved.items()}
-        static["records"][address] = {k: m for k, (_, m) in resolved.items()}
-    y["records"] = records
-    return y
-
-
-def _moments(population: Population, record: Any) -> dict[str, Any]:
-    x, mapped = record["value"]
-    if not mapped:
-        return {"mean": x, "sd": jnp.zeros_like(x)}
-    w = population.probabilities
-    if "active" in record:
-        on = record["active"][0]
-        w = w.reshape((-1,) + (1,) * (on.ndim - 1)) * on
-        w = w / jnp.maximum(jnp.sum(w, 0), jnp.finfo(w.dtype).tiny)
-    w = w.reshape(w.shape + (1,) * (x.ndim - w.ndim))
-    values = x.astype(w.dtype)
-    mean = jnp.sum(w * values, 0)
-    return {"mean": mean, "sd": jnp.sqrt(jnp.sum(w * (values - mean) ** 2, 0))}
-
-
-def _finish(frame, state, carry, ys, static, context) -> list[Any]:
-    """Traces values of each step back to the particles that stand at the end."""
-    x, settings, inner_state, number = context
-    traced: dict[str, Any] = {
-        "ys": [
-            y if m and live else None
-            for y, m, live in zip(ys["ys"], static["ys"], frame.live, strict=True)
-        ],
-        "records": {
-            a: {k: v if static["records"][a][k] else None for k, v in r.items()}
-            for a, r in ys["records"].items()
-        },
-    }
-    if "backward" in ys and frame.length > 0:
-        from abduce.inference.smc.smoothing import simulate_backwards
-
-        traced, root, last = simulate_backwards(frame, state, ys, traced, x, inner_state)
-        state.maps[-1] = root
-        carry = [
-            take(c, last) if m else c for c, m in zip(carry, frame.carry_flags, strict=True)
-        ]  # fmt: skip
-        if settings.num_paths == 1:
-            state.closed = True
-    elif "ancestors" in ys:
-        traced = _genealogy(traced, ys["ancestors"], frame)
-    elif settings.store == "filter" and "ancestors" not in ys and any(frame.live):
-        _require_no_past(frame, static, settings)
-
-    def particles(y):
-        return state.wrap(jnp.moveaxis(y, 0, 1))
-
-    outs: list[Any] = [
-        state.wrap(c) if m else c for c, m in zip(carry, frame.carry_flags, strict=True)
-    ]
-    for plain, y, m in zip(ys["ys"], traced["ys"], static["ys"], strict=True):
-        outs.append(particles(y) if m and y is not None else plain)
-    for address, record in ys["records"].items():
-        state.records[address] = {
-            k: particles(traced["records"][address][k]) if static["records"][address][k] else v
-            for k, v in record.items()
-        }
-    state.summaries.update(ys["summaries"])
-    ends = {"start": frame.start[1].total, "end": state.population.total}
-    state.reports.append({**ys["report"], **ends})
-    state.reports.extend(ys["nested"])
-    if number >= 0:
-        state.carries.append(
-            [c if m else None for c, m in zip(carry, frame.carry_flags, strict=True)]
-        )
-    return outs
-
-
-def _require_no_past(frame, static, settings):
-    if settings.resampling.threshold > 0 and any(
-        m and live for m, live in zip(static["ys"], frame.live, strict=True)
-    ):
-        raise InvalidModel(
-            "ab.smc(store='filter') keeps no past, but the model uses what its scan returns for "
-            "each step, which came from latents. Use store='paths', or compute it in the carry."
-        )
-
-
-def _genealogy(traced: Any, ancestors: Any, frame: Frame) -> Any:
-    """Reads each step's values through the ancestors of the steps after it."""
-
-    def back(index, step):
-        values, ancestors = step
-        return take(ancestors, index), take(values, index)
-
-    first = jnp.arange(frame.n, dtype=jnp.int32)
-    return jax.lax.scan(back, first, (traced, ancestors), reverse=not frame.reverse)[1]
-
-
 def score_step(frame: Frame, consts, carry, xs, inputs, held, inner_state) -> Any:
     """Log density of a step's sites at given latents, for each particle's carry; `(N,)`."""
     inner = inner_state({}, inputs, held, Population.start(frame.n))
@@ -435,9 +410,7 @@ def score_step(frame: Frame, consts, carry, xs, inputs, held, inner_state) -> An
 
 def _new_ancestor(frame, before, key, xs, inputs, held, inner_state) -> Any:
     """Draws a new past for the retained path (Lindsten, Jordan and Schon 2014, eq. 5)."""
-    carry, consts, population = before
-    logits = population.log_weights + score_step(
-        frame, consts, carry, xs, inputs, held, inner_state
-    )
+    carry, consts, log_weights = before
+    logits = log_weights + score_step(frame, consts, carry, xs, inputs, held, inner_state)
     alive = jnp.any(jnp.isfinite(logits))
     return jnp.where(alive, jax.random.categorical(key, logits), 0).astype(jnp.int32)

@@ -97,7 +97,8 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     Args:
         frame: The scan.
         state: Of the level that holds it; becomes equally weighted.
-        ys: Per-step outputs: 'backward' holds the carry and the log weights at the end of a step.
+        ys: Per-step outputs: 'backward' holds the carry and the log weights at the end of a step,
+            without the look-ahead.
         traced: Trees of per-step values by particle, to be read along the paths.
         x: The scan's per-step inputs.
         inner_state: Makes the state for walking a step.
@@ -176,7 +177,7 @@ def simulate_backwards(frame: Any, state: Any, ys: Any, traced: Any, x: Any, inn
     begin, chosen = jax.lax.scan(back, (values, index), steps, reverse=not frame.reverse)
     at = -1 if frame.reverse else 0
     inputs, xs, came = jax.tree.map(lambda v: v[at], (x["inputs"], x["xs"], ys["report"]))
-    carry, log_weights = frame.start[0], frame.start[1].log_weights
+    carry, log_weights = frame.start[0], frame.start[1].log_weights - frame.start[2]
     root = choose(begin, carry, log_weights, inputs, xs, jax.random.fold_in(k_last, 1), came)
     state.population = Population(
         jnp.zeros_like(population.log_weights), population.total,

@@ -35,7 +35,7 @@ from abduce.inference.smc.population import Population, Resampling, take
 __all__ = ["base_schedule", "run"]
 
 _DECAY = 0.9  # conditional effective sample size that a step keeps, as a fraction
-_LOGIT_RANGE = 10.0  # the base schedule lies between logits of -10 and 10
+_LOGIT_RANGE = 8.0  # the base schedule lies between logits of -8 and 8
 _NUM_MOVES = 10  # at most; two at least
 _FORGOTTEN = 0.2  # correlation with the positions before the moves, below which they were enough
 _HALVINGS = 24  # of an interval of the log step: 70 nats to 1e-5
@@ -158,7 +158,7 @@ def make_plan(alg: Any, problem: Problem) -> tuple[Plan, Any, np.ndarray]:
     if not isinstance(moves, int) or moves < 0:
         raise InvalidAlgorithm(f"ab.smc: num_moves must be an int >= 0, got {moves!r}.")
     plan = Plan(
-        path, move, n, moves, Resampling(alg.resampler, alg.threshold),
+        path, move, n, moves, alg.resampling(tempering=True),
         not fixed, alg.num_moves is None and not chain, len(schedule), chain,
     )  # fmt: skip
     return plan, inputs, schedule

@@ -19,11 +19,10 @@ from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.predict import descendants
 from abduce.inference.problem import Problem, make_problem
 from abduce.inference.smc.algorithms import smc
-from abduce.inference.smc.batches import Base, Layout, bridge, particles_of, reweigh
+from abduce.inference.smc.batches import MOST_EVEN, Base, Layout, bridge, particles_of, reweigh
 from abduce.inference.smc.filtering import filter_posterior
 from abduce.inference.smc.flow import evidence_scans
 from abduce.inference.smc.moves import HMC
-from abduce.inference.smc.population import Resampling
 from abduce.inference.smc.stream import Stream
 from abduce.inference.smc.tempering import as_move
 from abduce.inference.target import FlatTarget, make_target
@@ -279,20 +278,20 @@ def _advance(stream: Stream, problem: Problem, redraw: Any, k_draw: Any, k_move:
             f"m.posterior(...) on the new data alone."
         )
     alg, n = stream.algorithm, stream.num_particles
+    rule = alg.resampling()
     out = reweigh(
         stream.base, layout, stream.start, data, stream.position, stream.population, k_draw
     )
     evaluations, parts, acceptance = n, 0, None
     traced = isinstance(out["population"].ess, jax.core.Tracer)
-    if traced or float(out["population"].ess) < min(alg.threshold, 0.9) * n:
+    if traced or float(out["population"].ess) < min(rule.threshold, MOST_EVEN) * n:
         if not traced and not np.isfinite(float(out["population"].log_mean)):
             raise _degenerate(problem, n)
         move = _move(alg.kernel, problem)
         layouts, stacks = stream.stacks(layout, data)
         num_moves = _NUM_MOVES if alg.num_moves is None else alg.num_moves
         out = bridge(
-            stream.base, layouts, layout, move, num_moves,
-            Resampling(alg.resampler, alg.threshold), stream.start, stacks, data,
+            stream.base, layouts, layout, move, num_moves, rule, stream.start, stacks, data,
             stream.position, out["z"], stream.population, stream.log_step, k_move,
         )  # fmt: skip
         parts, acceptance = out["num_parts"], out["acceptance_rate"]

@@ -32,14 +32,20 @@ def assert_path_law(alg, given=None, paths=PATHS, evidence=Z, runs=1500):
     assert (np.abs(errors.mean(0)) < SE * errors.std(0) / runs**0.5).all()
 
 
+def hint(given, carry, x):
+    """Far from what it should be: taken back exactly, or the law is another."""
+    return jnp.array([[0.5, -0.5], [-1.5, 1.0]])[carry, given["token"]]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"threshold": 0.5},
         pytest.param({"threshold": 1.0}, marks=pytest.mark.slow),
         {"smoothing": "genealogy"},
+        {"lookahead": hint},
     ],
-    ids=["adaptive", "every step", "genealogy"],
+    ids=["adaptive", "every step", "genealogy", "look-ahead"],
 )
 def test_paths_of_a_chain_have_their_law(settings):
     """The initial state, which is drawn before the scan, included."""

@@ -97,6 +97,18 @@ def test_adaptive_temperatures(post):
     )
 
 
+@pytest.mark.parametrize(("threshold", "share"), [(None, 0.9), (0.5, 0.5)])
+def test_particles_are_resampled_below_the_threshold(post, threshold, share):
+    """By default at 0.9 of the particles; a filter at half of them."""
+    if threshold is not None:
+        alg = quick(threshold=threshold)
+        post = alg(groups).posterior(KEY, SCALES, given={"y": DATA})
+    due = post.diagnostics["ess"] < share * len(post.log_weights[0])
+    np.testing.assert_array_equal(post.diagnostics["resampled"], due)
+    assert 0 < due.sum() < len(due)
+    assert ab.smc().resampling().threshold == 0.5
+
+
 def test_temperatures_never_run_ahead_of_the_base_schedule(post):
     t = post.diagnostics["temperatures"]
     base = base_schedule(20).astype(np.float32)
