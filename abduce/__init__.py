@@ -50,7 +50,8 @@ from abduce.inference.smc.smc2 import smc2
 from abduce.inference.smc.steering import steer
 from abduce.inference.smc.steering_checks import check_potential
 from abduce.inference.stored import load
-from abduce.inference.vi import grad
+from abduce.inference.vi import flows, grad, guides, objectives
+from abduce.inference.vi.algorithm import vi
 from abduce.inference.vi.expectation import expectation
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
@@ -98,10 +99,12 @@ __all__ = [
     "do",
     "expectation",
     "factor",
+    "flows",
     "from_numpyro",
     "grad",
     "graph",
     "guided",
+    "guides",
     "guiding",
     "hmc",
     "importance",
@@ -116,6 +119,7 @@ __all__ = [
     "noncentered",
     "normalize",
     "nuts",
+    "objectives",
     "param",
     "particle_gibbs",
     "pmmh",
@@ -128,6 +132,7 @@ __all__ = [
     "smc",
     "smc2",
     "steer",
+    "vi",
     "while_loop",
     "with_prior",
 ]

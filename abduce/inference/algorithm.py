@@ -55,7 +55,7 @@ class Algorithm:
         raise NotImplementedError
 
 
-_ARRAY_FIELDS = ("init", "initial", "kernel", "proposal", "via")
+_ARRAY_FIELDS = ("guide", "init", "initial", "kernel", "params", "proposal", "via")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

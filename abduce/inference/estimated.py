@@ -274,6 +274,18 @@ class Marginal(Transformed):
             _bind_choice("abduce_evidence", d, info, user_location(), jnp.zeros(()))  # type: ignore[arg-type]
         return values
 
+    def propose_inside(self, args: Any, kwargs: Any, params: Any, grad: Any) -> Any:
+        """How `ab.propose` runs it inside an objective."""
+        from abduce.inference.expanded import propose_inside
+
+        return propose_inside(self, args, kwargs, params, grad)
+
+    def log_density_inside(self, choices: Any, args: Any, kwargs: Any) -> Any:
+        """How `ab.log_density` scores it inside an objective."""
+        from abduce.inference.expanded import log_density_inside
+
+        return log_density_inside(self, choices, args, kwargs)
+
     def __repr__(self):
         return f"<marginal of {self.base!r} over {self.keep!r}>"
 

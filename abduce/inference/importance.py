@@ -28,7 +28,8 @@ class importance(Algorithm):
 
     Args:
         num_samples: Draws.
-        proposal: A Model called as `proposal(given, *args)`; None: the prior.
+        proposal: A Model called as `proposal(given, *args)`, or a posterior, whose `as_model()` is
+            taken; None: the prior.
         smooth: Whether the draws carry Pareto-smoothed weights; the evidence uses raw ones.
 
     The posterior has one chain of weighted draws, `log_evidence`, and the diagnostics `ess`
@@ -137,6 +138,8 @@ class importance(Algorithm):
 def _as_proposal(proposal: Any) -> Any:
     from abduce.ppl.model import Model
 
+    if isinstance(proposal, Posterior):
+        return proposal.as_model()
     if proposal is None or isinstance(proposal, Model):
         return proposal
     raise InvalidAlgorithm(

@@ -340,24 +340,23 @@ class Posterior(eqx.Module):
         """A model of the latents, for use as prior, proposal or guide.
 
         A kernel density of the draws in transformed coordinates, shrunk so that mean and
-        covariance there are kept (Liu and West 2001); see `abduce.inference.as_model`.
+        covariance there are kept (Liu and West 2001); of `ab.vi`, without `keep`, the fitted guide.
 
         Args:
             keep: A selection of the latents; None: all but missing data.
             num_components: Most draws to use.
 
-        Returns:
-            A Model that ignores its arguments.
-
         Raises:
-            InvalidValue: The posterior was loaded from disk, or is traced.
-            InvalidModel: A latent is in a branch, or its support depends on other latents.
+            InvalidValue, InvalidModel: See the messages; a posterior loaded from disk has none.
 
         Example:
-            >>> later = ab.with_prior(m, post.as_model())
+            >>> later = ab.with_prior(m, post.as_model())  # its arguments are ignored
         """
         from abduce.inference.as_model import as_model
 
+        guide = self.resume.get("guide") if isinstance(self.resume, dict) else None  # of ab.vi
+        if guide is not None and keep is None:
+            return guide
         return as_model(self, keep=keep, num_components=num_components)
 
     # ---------------------------------------------------------------- elsewhere

@@ -234,7 +234,10 @@ class smc(Algorithm):
                 "its retained path. Leave kernel= out."
             )
         settings = dataclasses.replace(
-            self.settings(), resampling=self.resampling(conditional=True), store="filter"
+            self.settings(),
+            resampling=self.resampling(conditional=True),
+            store="filter",
+            smoothing="genealogy",
         )
         out = run_filter(
             settings, arguments, {}, key, proposal=self.proposal, initial=self.initial,

@@ -106,7 +106,8 @@ def make_evidence(
         "initial": alg.initial, "moves": alg.filter_moves(), "target": inputs,
     }  # fmt: skip
     alg.require_one_island(name)
-    settings = dataclasses.replace(alg.settings(), store="paths")
+    smoothing = "ffbs" if alg.smoothing == "ffbs" else "genealogy"  # sums are not asked for
+    settings = dataclasses.replace(alg.settings(), store="paths", smoothing=smoothing)
     return Evidence(settings, target, alg.lookahead), data
 
 

@@ -11,6 +11,7 @@ from abduce.errors import InvalidModel
 from abduce.inference.vi.strategies import Strategy
 from abduce.ppl import _jax
 from abduce.ppl.dataflow import propagate
+from abduce.ppl.site import has_sites, site_p
 
 __all__ = ["require_smooth", "tainted_variables"]
 
@@ -52,6 +53,8 @@ def require_smooth(jaxpr: Any, strategies: Mapping[str, Strategy]) -> None:
     if not watched:
         return
     opaque = _custom_bodies(jaxpr)
+    live: set[Any] = set()
+    _mark_live(_jax.inner_jaxpr(jaxpr)[0], None, live)
     found: dict[str, tuple[str, Any]] = {}
 
     def visit(v):
@@ -70,7 +73,7 @@ def require_smooth(jaxpr: Any, strategies: Mapping[str, Strategy]) -> None:
             return
         for eqn in inner.eqns:
             how = _jump(eqn)
-            if how is None:
+            if how is None or not any(v in live for v in eqn.outvars):
                 continue
             for label in labels(eqn.invars[0]):
                 if label.source in watched:
@@ -85,6 +88,36 @@ def require_smooth(jaxpr: Any, strategies: Mapping[str, Strategy]) -> None:
             f"the jumps out. Give the site grad=ab.grad.score(); if the cost is continuous all the "
             f"same, grad=ab.grad.reparam(assume_smooth=True)."
         )
+
+
+def _mark_live(jaxpr: Any, wanted: Any, live: set[Any]) -> None:
+    """Variables that reach the result or a site; library functions compute things in vain."""
+
+    def need(atom):
+        if not isinstance(atom, _jax.Literal):
+            live.add(atom)
+
+    for i, atom in enumerate(jaxpr.outvars):
+        if wanted is None or wanted[i]:
+            need(atom)
+    for eqn in reversed(jaxpr.eqns):
+        outs = [v in live for v in eqn.outvars]
+        subs = _jax.subjaxprs(eqn)
+        if not (any(outs) or eqn.primitive is site_p or any(has_sites(s) for s in subs)):
+            continue
+        for sub in subs:
+            inner, _ = _jax.inner_jaxpr(sub)
+            whole = eqn.primitive in (_jax.scan_p, _jax.while_p) or len(inner.outvars) != len(outs)
+            _mark_live(inner, None if whole else outs, live)
+        call = _jax.call_jaxpr(eqn)
+        if call is None:
+            for atom in eqn.invars:
+                need(atom)
+            continue
+        inner, _ = _jax.inner_jaxpr(call[1])
+        for var, atom in zip(inner.invars, eqn.invars, strict=True):
+            if var in live:
+                need(atom)
 
 
 def _jump(eqn: Any) -> str | None:

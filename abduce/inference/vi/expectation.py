@@ -18,27 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.errors import InvalidModel, InvalidValue, UnknownAddress
-from abduce.inference.vi.analysis import require_smooth, tainted_variables
-from abduce.inference.vi.credit import Credit
-from abduce.inference.vi.linear import linear_variables
+from abduce.inference.vi.plan import Plan, grid_indices, make_plan, physical_shape, walk_parts
 from abduce.inference.vi.strategies import (
     Strategy,
-    default,
-    enum,
-    inspect,
-    mvd,
-    num_alternatives,
-    resolve_continuous,
     score,
 )
-from abduce.inference.vi.tape import Input, Tape
-from abduce.ppl import _jax
+from abduce.inference.vi.tape import Input
 from abduce.ppl.model import FunctionModel, Model
 from abduce.ppl.naming import scoped
 from abduce.ppl.operations import outside_scopes, prepare_params, stage_operation, typed_key
-from abduce.ppl.program import Program, SiteInfo, prepare_argument, stage
+from abduce.ppl.program import Program, prepare_argument, stage
 from abduce.ppl.selection import matching
-from abduce.ppl.site import unwrapped
 from abduce.ppl.transforms import emit_again
 
 __all__ = ["Expectation", "expectation"]
@@ -182,7 +172,7 @@ class Expectation(eqx.Module):
             {'z': 'ab.grad.enum(): summed out with 2 alternatives', 'x': 'ab.grad.reparam()'}
         """
         program, _ = stage_operation(self.model, args, kwargs)
-        found = _plan(self, program)
+        found = make_plan(self._chosen(program), program)
         out = {}
         for a, s in found.strategies.items():
             out[a] = s.name
@@ -191,6 +181,16 @@ class Expectation(eqx.Module):
             elif a in found.varied:
                 out[a] += f": {found.varied[a][1]} more runs"
         return out
+
+    def strategies(self, *args: Any, **kwargs: Any) -> dict[str, Strategy]:
+        """The strategy of each choice, by address."""
+        program = stage_operation(self.model, args, kwargs)[0]
+        return make_plan(self._chosen(program), program).strategies
+
+    def has_learned_baselines(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a choice has a baseline that is computed in the program."""
+        sites = stage_operation(self.model, args, kwargs)[0].sites
+        return any("baseline" in s.site.roles for s in sites.values())
 
     def _chosen(self, program: Program) -> dict[str, Strategy]:
         """Strategies from outside, by address."""
@@ -267,136 +267,11 @@ def _check_samples(n: Any) -> None:
         raise InvalidValue(f"num_samples must be an int >= 1, got {n!r}.")
 
 
-# ------------------------------------------------------------------------ planning
-
-
-@dataclasses.dataclass
-class _Plan:
-    """How an objective is run.
-
-    Attributes:
-        strategies: By address.
-        linear, scans: As `Credit` takes them.
-        joint: Choices that are summed out: mixed axes and number of alternatives.
-        varied: Choices whose alternatives are run in turn: mixed axes and number of runs.
-    """
-
-    strategies: dict[str, Strategy]
-    linear: frozenset[Any]
-    scans: dict[str, int]
-    joint: dict[str, tuple[tuple[int, ...], int]]
-    varied: dict[str, tuple[tuple[int, ...], int]]
-
-    def credit(self, **settings: Any) -> Credit:
-        return Credit(self.strategies, self.linear, self.scans, **settings)
-
-    @property
-    def grid(self) -> int:
-        return math.prod(n for _, n in self.joint.values())
-
-
-def _physical(info: SiteInfo) -> tuple[int, ...]:
-    """Scans, mapped axes and batch shape, as they are in the program."""
-    shape = [0] * len(info.shape)
-    for size, p in zip(info.shape, info.perm, strict=True):
-        shape[p] = size
-    return tuple(shape[: len(shape) - info.event_dim])
-
-
-def _plan(objective: Expectation, program: Program) -> _Plan:
-    avals = [v.aval for v in _jax.inner_jaxpr(program.jaxpr)[0].outvars]
-    if len(avals) != 1 or avals[0].shape != () or not jnp.issubdtype(avals[0].dtype, jnp.inexact):
-        raise InvalidModel(
-            f"objective `{program.name}` must return one float scalar, got "
-            f"{', '.join(str(a) for a in avals) or 'nothing'}. Sum or average over its elements."
-        )
-    chosen = objective._chosen(program)
-    latents = {a: s for a, s in program.sites.items() if s.is_latent}
-    strategies: dict[str, Strategy] = {}
-    for address, info in latents.items():
-        strategy = chosen.get(address, info.site.grad)
-        if strategy is not None and not isinstance(strategy, Strategy):
-            raise InvalidModel(
-                f"site {address!r} ({info.site.where}): grad= takes a strategy such as "
-                f"ab.grad.score(), got {strategy!r}."
-            )
-        if strategy is None or isinstance(strategy, default):
-            strategy = resolve_continuous(info.site) or default()
-        strategy.check(info.site)
-        strategies[address] = strategy
-    scans = {a: s.num_scans for a, s in latents.items()}
-    if not any(s.credited for s in strategies.values()):
-        require_smooth(program.jaxpr, strategies)
-        return _Plan(strategies, frozenset(), scans, {}, {})
-    linear = linear_variables(program.jaxpr, tainted_variables(program.jaxpr, strategies))
-    uses = _uses(program, strategies, linear, scans)
-    joint, varied = {}, {}
-    budget: dict[str, int] = {}
-    sizes = {}
-    for address, info in latents.items():
-        strategy = strategies[address]
-        if not isinstance(strategy, (enum, mvd, default)):
-            continue
-        axes = _mixed_axes(info, uses.get(address))
-        elements = math.prod(_physical(info)[i] for i in axes)
-        k = num_alternatives(info.site)
-        sizes[address] = (axes, elements, k)
-        if k is not None and not isinstance(strategy, mvd):
-            budget[address] = k**elements if elements < 64 else 2**64
-    total = 1
-    for address in sorted(budget, key=lambda a: budget[a]):
-        strategy = strategies[address]
-        most = getattr(strategy, "max_joint", default.max_runs)
-        if total * budget[address] <= most:
-            total *= budget[address]
-            joint[address] = (sizes[address][0], budget[address])
-            strategies[address] = enum()
-    for address, (axes, elements, _) in sizes.items():
-        site = latents[address].site
-        strategy = strategies[address]
-        if isinstance(strategy, default):
-            poisson = inspect(site, lambda d: type(unwrapped(d)).__name__ == "Poisson")
-            poisson = poisson and elements <= default.max_runs and not site.event_dim
-            strategies[address] = strategy = mvd() if poisson else score()
-        if isinstance(strategy, (enum, mvd)) and address not in joint:
-            varied[address] = (axes, elements * strategy.num_alternatives(site))
-    require_smooth(program.jaxpr, strategies)
-    return _Plan(strategies, linear, scans, joint, varied)
-
-
-def _mixed_axes(info: SiteInfo, use: Any) -> tuple[int, ...]:
-    """Axes of the program's layout along which some part of the cost mixes elements."""
-    if use is None:
-        return ()
-    n = info.num_scans
-    return tuple(sorted({s for s in use.scans if s < n} | {n + a for a in use.axes}))
-
-
-def _uses(program: Program, strategies: Any, linear: Any, scans: Any) -> dict[str, Any]:
-    plain = {a: score() if isinstance(s, default) else s for a, s in strategies.items()}
-    credit = Credit(plain, linear, scans)
-    invars = _jax.inner_jaxpr(program.jaxpr)[0].invars
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
-
-    def run(key, values):
-        return _walk(credit, program, values, key, {})[0]
-
-    jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), avals)
-    return credit.uses
-
-
 # ------------------------------------------------------------------------ running
 
 
-def _walk(credit: Credit, program: Program, values: Any, key: Any, inputs: Any) -> tuple[Any, Any]:
-    zero = jnp.zeros((), jnp.result_type(float))
-    tape = Tape(key, inputs, {}, zero, {}, 0)
-    (out,) = credit.run(program.jaxpr, values, tape)
-    return credit.part(out, tape), tape.extra
-
-
 def _one(
-    plan: _Plan, program: Program, values: Any, key: Any, inputs: dict[str, Input],
+    plan: Plan, program: Program, values: Any, key: Any, inputs: dict[str, Input],
     *, misfit: bool = False,
 ) -> Any:  # fmt: skip
     """One unbiased estimate: the ordinary run, averaged over the grid, and the alternatives."""
@@ -409,13 +284,13 @@ def _one(
             mine[address] = dataclasses.replace(mine.get(address, Input()), index=i)
         if varied is not None:
             mine[varied] = Input(which=which, mask=mask)
-        part, extra = _walk(credit, program, values, key, mine)
+        part, extra = walk_parts(credit, program, values, key, mine)
         return extra if misfit else part + (extra if varied is None else 0.0)
 
     def averaged(**settings):
         if grid == 1:
-            return ordinary(_indices(plan, program, jnp.zeros((), jnp.int32)), **settings)
-        runs = jax.vmap(lambda m: ordinary(_indices(plan, program, m), **settings))(
+            return ordinary(grid_indices(plan, program, jnp.zeros((), jnp.int32)), **settings)
+        runs = jax.vmap(lambda m: ordinary(grid_indices(plan, program, m), **settings))(
             jnp.arange(grid, dtype=jnp.int32)
         )
         return jnp.mean(runs)
@@ -424,7 +299,7 @@ def _one(
     if misfit:
         return total
     for address, (axes, runs) in plan.varied.items():
-        shape = _physical(program.sites[address])
+        shape = physical_shape(program.sites[address])
         sizes = [shape[i] for i in axes]
         elements = math.prod(sizes)
 
@@ -444,21 +319,6 @@ def _one(
     return total
 
 
-def _indices(plan: _Plan, program: Program, m: Any) -> dict[str, Any]:
-    """Which value each summed-out choice takes in run `m` of the grid."""
-    out = {}
-    for address, (axes, runs) in plan.joint.items():
-        info = program.sites[address]
-        shape = _physical(info)
-        k = num_alternatives(info.site)
-        mine, m = m % runs, m // runs
-        sizes = [shape[i] for i in axes]
-        digits = (mine // (k ** np.arange(math.prod(sizes)))) % k
-        full = [shape[i] if i in axes else 1 for i in range(len(shape))]
-        out[address] = jnp.broadcast_to(digits.reshape(full), shape)
-    return out
-
-
 def _stage(objective: Expectation, args: Any, kwargs: Any, params: Any) -> Any:
     with outside_scopes():
         objective.model.check(args, kwargs)
@@ -467,7 +327,7 @@ def _stage(objective: Expectation, args: Any, kwargs: Any, params: Any) -> Any:
     return program, program.inputs(arguments), inputs
 
 
-def _with_baselines(plan: _Plan, program: Program, inputs: Any, baselines: Any) -> dict[str, Input]:
+def _with_baselines(plan: Plan, program: Program, inputs: Any, baselines: Any) -> dict[str, Input]:
     out = dict(inputs)
     for address, b in (baselines or {}).items():
         strategy = plan.strategies.get(address)
@@ -480,12 +340,12 @@ def _with_baselines(plan: _Plan, program: Program, inputs: Any, baselines: Any) 
         info = program.sites[address]
         if jnp.ndim(b):
             b = info.to_physical(jnp.asarray(b))
-        b = jnp.broadcast_to(b, _physical(info))
+        b = jnp.broadcast_to(b, physical_shape(info))
         out[address] = dataclasses.replace(out.get(address, Input()), baseline=b)
     return out
 
 
-def _nudged(plan: _Plan, program: Program, inputs: Any, nudges: Any) -> dict[str, Input]:
+def _nudged(plan: Plan, program: Program, inputs: Any, nudges: Any) -> dict[str, Input]:
     out = dict(inputs)
     for address, x in nudges.items():
         out[address] = dataclasses.replace(out.get(address, Input()), nudge=x)
@@ -494,7 +354,9 @@ def _nudged(plan: _Plan, program: Program, inputs: Any, nudges: Any) -> dict[str
 
 def _one_costs(plan, program, values, key, inputs, addresses):
     """The derivative in a nudge of the log factor of each element is its cost."""
-    zeros = {a: jnp.zeros(_physical(program.sites[a]), jnp.result_type(float)) for a in addresses}
+    zeros = {
+        a: jnp.zeros(physical_shape(program.sites[a]), jnp.result_type(float)) for a in addresses
+    }
     if not zeros:
         return {}
 
@@ -506,7 +368,7 @@ def _one_costs(plan, program, values, key, inputs, addresses):
 
 def _run(objective, key, args, kwargs, params, baselines, num_samples):
     program, values, inputs = _stage(objective, args, kwargs, params)
-    plan = _plan(objective, program)
+    plan = make_plan(objective._chosen(program), program)
     inputs = _with_baselines(plan, program, inputs, baselines)
     others = [
         a for a, s in plan.strategies.items()
@@ -557,7 +419,7 @@ def _value_and_grad(objective, key, args, kwargs, params, baselines, num_samples
 @eqx.filter_jit
 def _costs(objective, key, args, kwargs, params):
     program, values, inputs = _stage(objective, args, kwargs, params)
-    plan = _plan(objective, program)
+    plan = make_plan(objective._chosen(program), program)
     addresses = [a for a, s in plan.strategies.items() if isinstance(s, score)]
     costs = _one_costs(plan, program, values, key, inputs, addresses)
     return {a: program.sites[a].to_logical(c) for a, c in costs.items()}
@@ -566,7 +428,7 @@ def _costs(objective, key, args, kwargs, params):
 @eqx.filter_jit
 def _baseline_loss(objective, key, args, kwargs, params):
     program, values, inputs = _stage(objective, args, kwargs, params)
-    plan = _plan(objective, program)
+    plan = make_plan(objective._chosen(program), program)
     learned = [
         a for a in plan.strategies if "baseline" in program.sites[a].site.roles
     ]  # fmt: skip

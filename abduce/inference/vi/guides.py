@@ -1,0 +1,449 @@
+"""Guides, `ab.guides.*`: families over the unconstrained coordinates of a model's latents.
+
+Each is a configuration that `ab.vi(guide=...)` fits: it needs nothing but the number of
+coordinates, and reaches constrained sites through their bijections. A family draws
+`u = draw(params, e)` from standard normal `e`, with its log density.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abduce.errors import InvalidAlgorithm, NoDensity
+from abduce.inference.vi import flows
+
+__all__ = [
+    "Family",
+    "flow",
+    "full_rank",
+    "implicit",
+    "laplace",
+    "low_rank",
+    "mean_field",
+    "structured",
+]
+
+_LOG_2_PI = math.log(2 * math.pi)
+
+
+def _normal(e: Any) -> Any:
+    return -0.5 * jnp.sum(e**2) - 0.5 * e.shape[0] * _LOG_2_PI
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Base of all families.
+
+    Attributes:
+        init_scale: Standard deviation of the coordinates at the start.
+        rate: The optimizer's default rate at the start.
+    """
+
+    rate = 0.02
+    init_scale: float = 0.1
+
+    def __post_init__(self):
+        if not self.init_scale > 0:
+            raise InvalidAlgorithm(
+                f"ab.guides.{type(self).__name__}: init_scale must be positive, got "
+                f"{self.init_scale!r}."
+            )
+
+    def prepare(self, key: Any, target: Any, data: Any, start: Any) -> tuple[Any, Any]:
+        """The family for a target, and its parameters at the start.
+
+        Args:
+            key: Random key.
+            target, data: The log density, called as `target(data, u)`.
+            start: Where to begin, shape `(dim,)`.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfDim:
+    """A family that knows its dimension.
+
+    Attributes:
+        sticks: Whether the derivative without the guide's score is the better default. It vanishes
+            at a perfect fit; for flows, far from one, it is the noisier of the two.
+        has_density: Whether a draw can be scored.
+    """
+
+    dim: int
+    sticks = True
+    has_density = True
+
+    @property
+    def noise_dim(self) -> int:
+        return self.dim
+
+
+# ---------------------------------------------------------------------- normals
+
+
+class _MeanField(_OfDim):
+    def draw(self, params, e):
+        u = params["loc"] + jnp.exp(params["log_scale"]) * e
+        return u, _normal(e) - jnp.sum(params["log_scale"])
+
+    def log_density(self, params, u):
+        e = (u - params["loc"]) * jnp.exp(-params["log_scale"])
+        return _normal(e) - jnp.sum(params["log_scale"])
+
+
+@dataclasses.dataclass(frozen=True)
+class mean_field(Family):
+    """Independent normals."""
+
+    def prepare(self, key, target, data, start):
+        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        return _MeanField(len(start)), {"loc": start, "log_scale": log_scale}
+
+
+@dataclasses.dataclass(frozen=True)
+class _FullRank(_OfDim):
+    """`u = loc + L e`, `L` lower triangular where `rows, columns` say, with a positive diagonal."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    def tril(self, params):
+        diagonal = jnp.exp(params["log_diagonal"])
+        rows, columns = np.array(self.rows, int), np.array(self.columns, int)
+        return jnp.diag(diagonal).at[rows, columns].set(params["below"] * diagonal[rows])
+
+    def draw(self, params, e):
+        return params["loc"] + self.tril(params) @ e, _normal(e) - jnp.sum(params["log_diagonal"])
+
+    def log_density(self, params, u):
+        e = jax.scipy.linalg.solve_triangular(self.tril(params), u - params["loc"], lower=True)
+        return _normal(e) - jnp.sum(params["log_diagonal"])
+
+
+@dataclasses.dataclass(frozen=True)
+class full_rank(Family):
+    """A normal with any covariance, through its Cholesky factor."""
+
+    def prepare(self, key, target, data, start):
+        n = len(start)
+        rows, columns = np.tril_indices(n, -1)
+        log_diagonal = jnp.full_like(start, math.log(self.init_scale))
+        below = jnp.zeros(len(rows), start.dtype)
+        family = _FullRank(n, tuple(rows.tolist()), tuple(columns.tolist()))
+        return family, {"loc": start, "log_diagonal": log_diagonal, "below": below}
+
+
+@dataclasses.dataclass(frozen=True)
+class laplace(Family):
+    """A full-rank normal that starts as Laplace's approximation at the mode nearest the start."""
+
+    def prepare(self, key, target, data, start):
+        from abduce.inference.laplace import _climb, _newton
+
+        mode, value, _ = _climb(target, data, np.asarray(start), 500)
+        mode, _, precision = _newton(target, data, mode, value, start.dtype)
+        values, vectors = np.linalg.eigh(precision)
+        values = np.maximum(values, 1e-4 * max(float(values.max()), 1e-8))
+        tril = np.linalg.cholesky((vectors / values) @ vectors.T)
+        rows, columns = np.tril_indices(len(mode), -1)
+        diagonal = np.diagonal(tril)
+        family = _FullRank(len(mode), tuple(rows.tolist()), tuple(columns.tolist()))
+        params = {
+            "loc": mode,
+            "log_diagonal": np.log(diagonal),
+            "below": tril[rows, columns] / diagonal[rows],
+        }
+        return family, jax.tree.map(lambda x: jnp.asarray(x, start.dtype), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LowRank(_OfDim):
+    rank: int
+
+    @property
+    def noise_dim(self) -> int:
+        return self.dim + self.rank
+
+    def draw(self, params, e):
+        scale = jnp.exp(params["log_scale"])
+        u = params["loc"] + scale * (e[: self.dim] + params["factor"] @ e[self.dim :])
+        return u, self.log_density(params, u)
+
+    def log_density(self, params, u):
+        # covariance S (I + F F') S; its inverse and determinant by the small matrix I + F' F
+        factor = params["factor"]
+        y = (u - params["loc"]) * jnp.exp(-params["log_scale"])
+        small = jnp.eye(self.rank, dtype=y.dtype) + factor.T @ factor
+        chol = jnp.linalg.cholesky(small)
+        t = jax.scipy.linalg.solve_triangular(chol, factor.T @ y, lower=True)
+        quadratic = jnp.sum(y**2) - jnp.sum(t**2)
+        log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(chol))) + 2 * jnp.sum(params["log_scale"])
+        return -0.5 * (quadratic + log_det + self.dim * _LOG_2_PI)
+
+
+@dataclasses.dataclass(frozen=True)
+class low_rank(Family):
+    """A normal whose covariance is diagonal plus low rank.
+
+    Args:
+        rank: Of the second part; at most the number of coordinates.
+    """
+
+    rank: int = 5
+
+    def prepare(self, key, target, data, start):
+        rank = min(self.rank, len(start))
+        factor = 0.01 * jax.random.normal(key, (len(start), rank), start.dtype)
+        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        params = {"loc": start, "log_scale": log_scale, "factor": factor}
+        return _LowRank(len(start), rank), params
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structured(_OfDim):
+    """`u_i = loc_i + sum_j B_ij (u_j - loc_j) + d_i e_i` in some order, `B` sparse."""
+
+    order: tuple[int, ...]
+    rows: tuple[int, ...]  # of B, in that order
+    columns: tuple[int, ...]
+
+    def _b(self, params):
+        b = jnp.zeros((self.dim, self.dim), params["loc"].dtype)
+        return b.at[np.array(self.rows, int), np.array(self.columns, int)].set(params["weights"])
+
+    def draw(self, params, e):
+        order = np.array(self.order)
+        scaled = (jnp.exp(params["log_scale"]) * e)[order]
+        matrix = jnp.eye(self.dim, dtype=e.dtype) - self._b(params)
+        y = jax.scipy.linalg.solve_triangular(matrix, scaled, lower=True, unit_diagonal=True)
+        u = params["loc"].at[order].add(y)
+        return u, _normal(e) - jnp.sum(params["log_scale"])
+
+    def log_density(self, params, u):
+        order = np.array(self.order)
+        y = (u - params["loc"])[order]
+        e = (y - self._b(params) @ y) * jnp.exp(-params["log_scale"][order])
+        return _normal(e) - jnp.sum(params["log_scale"])
+
+
+@dataclasses.dataclass(frozen=True)
+class structured(Family):
+    """A normal with the conditional independences of the posterior: a faithful inverse.
+
+    Which coordinates interact is read off the log density (where its Hessian is not zero, at
+    random points near the start). Eliminating the coordinates one by one, least connected first,
+    gives each one its parents among those that are left: the inverse of the model's graph that
+    has all its dependences and no needless one (Webb et al., "Faithful inversion of generative
+    models for effective amortized inference", NeurIPS 2018). The number of weights grows with the
+    model's structure instead of with the square of its size.
+    """
+
+    def prepare(self, key, target, data, start):
+        pattern = interactions(key, target, data, start)
+        order, parents = eliminate(pattern)
+        position = {j: i for i, j in enumerate(order)}
+        pairs = [(position[i], position[j]) for i in order for j in parents[i]]
+        rows = tuple(r for r, _ in pairs)
+        columns = tuple(c for _, c in pairs)
+        family = _Structured(len(start), tuple(order), rows, columns)
+        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        weights = jnp.zeros(len(pairs), start.dtype)
+        return family, {"loc": start, "log_scale": log_scale, "weights": weights}
+
+
+def interactions(key: Any, target: Any, data: Any, start: Any) -> np.ndarray:
+    """Which pairs of coordinates the log density does not separate, `(dim, dim)` bool."""
+    pattern = np.zeros((len(start), len(start)), bool)
+    hessian = jax.jit(jax.hessian(lambda u: target(data, u)))
+    for k in jax.random.split(key, 3):
+        u = start + 0.5 * jax.random.normal(k, start.shape, start.dtype)
+        h = np.asarray(hessian(u))
+        pattern |= ~np.isfinite(h) | (h != 0)
+    return pattern | pattern.T
+
+
+def eliminate(pattern: np.ndarray) -> tuple[list[int], dict[int, list[int]]]:
+    """Order to draw the coordinates in, and the parents of each: minimum degree elimination."""
+    n = len(pattern)
+    neighbours = {i: {int(j) for j in np.flatnonzero(pattern[i]) if j != i} for i in range(n)}
+    parents: dict[int, list[int]] = {}
+    removed = []
+    while neighbours:
+        i = min(neighbours, key=lambda a: (len(neighbours[a]), a))
+        around = neighbours.pop(i)
+        parents[i] = sorted(around)
+        for a in around:
+            neighbours[a] |= around - {a}
+            neighbours[a].discard(i)
+        removed.append(i)
+    return removed[::-1], parents
+
+
+# ---------------------------------------------------------------------- flows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flow(_OfDim):
+    static: Any
+    sticks = False
+
+    def _flow(self, params):
+        return eqx.combine(params["flow"], self.static.value)
+
+    def draw(self, params, e):
+        y, log_det = self._flow(params).forward(e)
+        scale = jnp.exp(params["log_scale"])
+        return params["loc"] + scale * y, _normal(e) - log_det - jnp.sum(params["log_scale"])
+
+    def log_density(self, params, u):
+        y = (u - params["loc"]) * jnp.exp(-params["log_scale"])
+        e, log_det = self._flow(params).inverse(y)
+        return _normal(e) + log_det - jnp.sum(params["log_scale"])
+
+
+class _Static:
+    """The static part of a module, hashable: equal modules share compiled programs."""
+
+    def __init__(self, value):
+        self.value = value
+        leaves, treedef = jax.tree.flatten(value)
+        self.key = (treedef, tuple(leaves))
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return isinstance(other, _Static) and self.key == other.key
+
+
+@dataclasses.dataclass(frozen=True)
+class flow(Family):
+    """A normalizing flow, then a shift and scale of each coordinate.
+
+    Args:
+        make: `make(key, dim)` gives a bijection of `ab.flows`; None: `ab.flows.spline_coupling`
+            (`ab.flows.spline_autoregressive` in one dimension) with four layers.
+    """
+
+    rate = 0.003
+    make: Any = None
+    init_scale: float = 0.3
+
+    def prepare(self, key, target, data, start):
+        n = len(start)
+        if self.make is not None:
+            bijection = self.make(key, n)
+        elif n == 1:
+            bijection = flows.spline_autoregressive(key, n, 2)
+        else:
+            bijection = flows.spline_coupling(key, n, 4)
+        arrays, static = eqx.partition(bijection, eqx.is_inexact_array)
+        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        params = {"loc": start, "log_scale": log_scale, "flow": arrays}
+        return _Flow(n, _Static(static)), params
+
+
+# ---------------------------------------------------------------------- implicit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Implicit(_OfDim):
+    latent_dim: int
+    sigma: float
+    static: Any
+    sticks = False
+    has_density = False
+
+    @property
+    def noise_dim(self) -> int:
+        return self.latent_dim + self.dim
+
+    def draw(self, params, e):
+        network = eqx.combine(params["network"], self.static.value)
+        z, noise = e[: self.latent_dim], e[self.latent_dim :]
+
+        def g(z):
+            return params["loc"] + network(z)
+
+        # log det of J J' + s^2 I through its smaller side
+        jacobian = jax.jacfwd(g)(z)
+        k, n, s2 = self.latent_dim, self.dim, self.sigma**2
+        if k < n:
+            small = jnp.eye(k, dtype=e.dtype) * s2 + jacobian.T @ jacobian
+            log_det = jnp.linalg.slogdet(small)[1] + (n - k) * math.log(s2)
+        else:
+            small = jnp.eye(n, dtype=e.dtype) * s2 + jacobian @ jacobian.T
+            log_det = jnp.linalg.slogdet(small)[1]
+        entropy = 0.5 * (log_det + n * (1 + _LOG_2_PI))
+        return g(z) + self.sigma * noise, -entropy
+
+    def log_density(self, params, u):
+        raise NoDensity(
+            "ab.guides.implicit has no density, only an estimate of its entropy: use "
+            "ab.objectives.elbo()."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class implicit(Family):
+    """A network of noise, with the entropy of its linearization.
+
+    `u = g(z) + s e`; the entropy is estimated by that of the normal with covariance
+    `J J' + s^2 I`, `J` the Jacobian of `g` at `z`, which is exact for a linear `g` (Uppal et al.,
+    "Implicit variational inference for high-dimensional posteriors", NeurIPS 2023, equation 11).
+    There is no density, so no Pareto k.
+
+    Args:
+        latent_dim: Dimension of `z`; None: that of the latents.
+        hidden: Widths of the network's layers.
+        sigma: `s`, on the unconstrained scale.
+    """
+
+    rate = 0.003
+    latent_dim: int | None = None
+    hidden: tuple[int, ...] = (64, 64)
+    sigma: float = 0.02
+
+    def prepare(self, key, target, data, start):
+        n = len(start)
+        k = self.latent_dim or n
+        network = _Network(key, k, n, self.hidden, self.init_scale, start.dtype)
+        arrays, static = eqx.partition(network, eqx.is_inexact_array)
+        params = {"loc": start, "network": arrays}
+        return _Implicit(n, k, self.sigma, _Static(static)), params
+
+
+class _Network(eqx.Module):
+    """A linear map plus a multilayer perceptron."""
+
+    linear: Any
+    layers: Any
+
+    def __init__(self, key, k, n, hidden, scale, dtype):
+        keys = jax.random.split(key, len(hidden) + 1)
+        self.linear = scale * jnp.eye(n, k, dtype=dtype)
+        sizes = [k, *hidden, n]
+        self.layers = [
+            (
+                jax.random.normal(q, (b, a), dtype)
+                * math.sqrt(1 / a)
+                * (0.01 if i == len(hidden) else 1),
+                jnp.zeros(b, dtype),
+            )
+            for i, (q, a, b) in enumerate(zip(keys, sizes[:-1], sizes[1:], strict=True))
+        ]
+
+    def __call__(self, z):
+        h = z
+        for w, b in self.layers[:-1]:
+            h = jnp.tanh(w @ h + b)
+        w, b = self.layers[-1]
+        return self.linear @ z + w @ h + b
