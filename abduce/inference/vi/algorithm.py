@@ -177,16 +177,10 @@ class vi(Algorithm):
         return fitted, fit
 
 
-_schedules: dict[tuple[float, int], Any] = {}
-
-
+@functools.lru_cache(maxsize=64)
 def _adam(rate: float, num_steps: int) -> Any:
     """One object per setting, so that a second call finds what the first has compiled."""
-    found = _schedules.get((rate, num_steps))
-    if found is None:
-        schedule = optax.cosine_decay_schedule(rate, num_steps, 0.01)
-        found = _schedules[(rate, num_steps)] = optax.adam(schedule)
-    return found
+    return optax.adam(optax.cosine_decay_schedule(rate, num_steps, 0.01))
 
 
 def _tail_mean(values: np.ndarray) -> float:
