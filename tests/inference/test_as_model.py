@@ -76,6 +76,7 @@ def test_moments_are_those_of_the_posterior(linear):
         assert abs(product.mean() - want) < SE * product.std() / n**0.5
 
 
+@pytest.mark.slow
 def test_moments_with_weights_and_discrete_latents(weighted):
     model, n = weighted.as_model(), 20_000
     found = draws(model, n)

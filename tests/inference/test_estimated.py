@@ -157,6 +157,7 @@ def evidence_of_chain(y):
     return total
 
 
+@pytest.mark.slow
 def test_normalized_particle_filter():
     y = jnp.array([0.3, -0.5, 1.2, 0.4, 0.1, -0.9])
     q = ab.normalize(chain, via=ab.smc(num_particles=8))
@@ -175,6 +176,7 @@ def test_normalized_particle_filter():
     assert np.isfinite(values).all() and values.std() > 0
 
 
+@pytest.mark.slow
 def test_particle_marginal_metropolis_hastings_is_a_composition():
     @ab.model
     def unknown(y):

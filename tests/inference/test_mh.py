@@ -60,6 +60,7 @@ def test_a_proposal_covers_some_and_the_prior_the_rest():
     assert_states(post, 0.3)
 
 
+@pytest.mark.slow
 def test_several_proposals_take_turns():
     @ab.model
     def shift(given, s):

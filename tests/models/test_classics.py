@@ -118,6 +118,7 @@ def test_nuts_finds_the_local_levels_posterior(key):
         assert abs(row["sd"] - sd[i]) < 5 * 1.5 * row["sd"] / np.sqrt(2 * row["ess_bulk"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("years", "seed", "target"), [(100, 0, 0.8), (40, 20260, 0.95)])
 def test_no_chain_is_caught_where_the_noise_vanishes(years, seed, target):
     """The density is unbounded as the levels meet the data and `noise` goes to 0, without mass.

@@ -235,6 +235,7 @@ def distance(n, num_runs):
     return 0.5 * np.abs(np.stack(laws) - EXACT).sum(1).mean()
 
 
+@pytest.mark.slow
 def test_total_variation_falls_as_the_root_of_the_number_of_particles():
     """Slope -1/2 within 0.08 from N = 64 to 1024; over keys it scatters by about 0.02."""
     near, far = distance(1024, 50), distance(64, 200)

@@ -118,6 +118,7 @@ def test_increments_add_up_to_the_evidence():
     )
 
 
+@pytest.mark.slow
 def test_masked_steps_do_not_weigh():
     """Given by `ab.masked` along time, or as `obs=` in the step: the same numbers."""
     seen = np.array([1, 1, 0, 1, 0, 0, 1, 1], bool)

@@ -436,6 +436,7 @@ def test_nuts_on_the_noise(key, x64):
     assert np.all(np.abs(x.mean(0) - want) < 5 * sd / 20)
 
 
+@pytest.mark.slow
 def test_whole_paths_as_proposals(key, x64):
     """Exact proposals: equal importance weights, and Metropolis-Hastings accepts all."""
     guide = guided(level, guiding.linearized("x", num_iterations=0))

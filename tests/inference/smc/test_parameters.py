@@ -110,6 +110,7 @@ def test_particle_gibbs_infers_parameters():
     assert np.mean(post.diagnostics["renewed"]) > 0.5
 
 
+@pytest.mark.slow
 def test_pmmh():
     alg = ab.pmmh(via=ab.smc(num_particles=50), num_warmup=200, num_samples=600)
     post = alg(unknown_decay).posterior(jax.random.key(3), 8, given={"y": Y})
@@ -126,6 +127,7 @@ def test_smc2():
     assert post.draws["x"].shape == (1, 200, 8)
 
 
+@pytest.mark.slow
 def test_particle_gibbs_with_a_discrete_parameter():
     @ab.model
     def regime(n):
@@ -147,6 +149,7 @@ def test_particle_gibbs_with_a_discrete_parameter():
     assert abs(batches.mean() - exact) < 5 * batches.std() / len(batches) ** 0.5 + 0.01
 
 
+@pytest.mark.slow
 def test_rbg_keys():
     key = jax.random.key(0, impl="rbg")
     post = ab.smc(num_particles=200)(unknown_decay).posterior(key, 8, given={"y": Y})

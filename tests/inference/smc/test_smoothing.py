@@ -82,6 +82,7 @@ def test_it_matches_the_kalman_smoother_where_the_genealogy_has_died_out():
     assert (np.abs(sd / np.sqrt(truth[1]) - 1) < 6 / np.sqrt(2 * 150)).all()
 
 
+@pytest.mark.slow
 def test_deterministics_follow_the_paths():
     @ab.model
     def recorded(n):

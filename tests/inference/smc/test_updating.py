@@ -102,6 +102,7 @@ def test_one_batch_equals_its_parts(streamed):
     assert abs(parts.log_evidence - whole.log_evidence) < 1e-3
 
 
+@pytest.mark.slow
 def test_draws_of_other_algorithms_go_on():
     mean, sd, log_z = exact(Y[:11])
     first = Y[:10].ravel()
@@ -162,6 +163,7 @@ def groups(n):
     ab.sample("y", dist.Normal(theta, 0.3).to_event(1))
 
 
+@pytest.mark.slow
 def test_new_groups_are_drawn_anew():
     rng = np.random.default_rng(3)
     data = [rng.normal(0.8, 0.58, n).astype(np.float32) for n in (3, 3, 3, 3, 3, 3, 5)]
