@@ -128,7 +128,7 @@ def _jump(eqn: Any) -> str | None:
         return f"goes through `{name}`"
     if name == "convert_element_type":
         before, after = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
-        if before == jnp.bool_ and after != jnp.bool_:
+        if not jnp.issubdtype(before, jnp.inexact) and jnp.issubdtype(after, jnp.inexact):
             return "becomes a flag and then a number"
         if jnp.issubdtype(before, jnp.inexact) and not jnp.issubdtype(after, jnp.inexact):
             return "is turned into an integer"

@@ -88,7 +88,7 @@ class Expectation(eqx.Module):
         key = typed_key(key, "expectation.estimate")
         _check_samples(num_samples)
         args, kwargs = _as_arrays((args, kwargs))
-        return _estimate(self, key, args, kwargs, params, baselines, num_samples)
+        return _estimate(self, key, args, kwargs, _as_params(params), baselines, num_samples)
 
     def value_and_grad(
         self,
@@ -120,7 +120,7 @@ class Expectation(eqx.Module):
                 "parameters as first argument, or params= for ab.param sites."
             )
         args, kwargs = _as_arrays((args, kwargs))
-        return _value_and_grad(self, key, args, kwargs, params, baselines, num_samples)
+        return _value_and_grad(self, key, args, kwargs, _as_params(params), baselines, num_samples)
 
     def jvp(
         self, key: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...], *,
@@ -260,6 +260,10 @@ def _as_arrays(tree: Any) -> Any:
     args, kwargs = tree
     tree = (tuple(map(prepare_argument, args)), {k: prepare_argument(v) for k, v in kwargs.items()})
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (float, np.ndarray)) else x, tree)
+
+
+def _as_params(params: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if params is None else {a: jnp.asarray(x) for a, x in params.items()}
 
 
 def _check_samples(n: Any) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from abduce.ppl import _jax
-
 __all__ = ["Input", "Node", "Tape", "Use", "as_node"]
 
 
@@ -65,8 +63,8 @@ class Node:
 def as_node(x: Any) -> Node:
     if isinstance(x, Node):
         return x
-    never = _jax.is_concrete(x) and np.ndim(x) == 0 and np.asarray(x).dtype.kind == "f"
-    return Node(x, never=bool(never and np.asarray(x) == -np.inf))
+    number = isinstance(x, (float, np.floating)) or (isinstance(x, np.ndarray) and x.shape == ())
+    return Node(x, never=bool(number and x == -np.inf))
 
 
 class Tape:

@@ -174,7 +174,7 @@ class Bijection(eqx.Module, _RegisteredByEquinox, Transform):
             return intermediates
         if self.fast_forward or not self.fast_inverse:
             return self._over_axes(x)[1]
-        return self._over_axes(y, inverse=True)[1]
+        return -self._over_axes(y, inverse=True)[1]
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the values, which is that of the arguments."""

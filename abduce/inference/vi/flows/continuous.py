@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from abduce.errors import InvalidValue
 from abduce.inference.vi.flows.bijection import Bijection, check_count
-from abduce.inference.vi.flows.networks import MLP, check_sizes
+from abduce.inference.vi.flows.networks import MLP, check_sizes, dot
 
 __all__ = ["Continuous"]
 
@@ -114,9 +114,9 @@ class Continuous(Bijection):
         """The velocity, shape `(dim,)`, and its divergence, shape `()`."""
         inputs = [z, t[None]] if context is None else [z, t[None], context]
         weights, biases = self.network.weights, self.network.biases
-        out = jnp.tanh(weights[0] @ jnp.concatenate(inputs) + biases[0])
+        out = jnp.tanh(dot(weights[0], jnp.concatenate(inputs)) + biases[0])
         jacobian = (1 - out * out)[:, None] * weights[0][:, : self.dim]
         for w, b in zip(weights[1:-1], biases[1:-1], strict=True):
-            out = jnp.tanh(w @ out + b)
-            jacobian = (1 - out * out)[:, None] * (w @ jacobian)
-        return weights[-1] @ out + biases[-1], jnp.sum(weights[-1].T * jacobian)
+            out = jnp.tanh(dot(w, out) + b)
+            jacobian = (1 - out * out)[:, None] * dot(w, jacobian)
+        return dot(weights[-1], out) + biases[-1], jnp.sum(weights[-1].T * jacobian)

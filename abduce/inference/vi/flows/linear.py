@@ -13,7 +13,7 @@ from jax.scipy.linalg import solve_triangular
 
 from abduce.errors import InvalidValue
 from abduce.inference.vi.flows.bijection import Bijection, check_count
-from abduce.inference.vi.flows.networks import INITIAL_SCALE, MLP, normals, zeros
+from abduce.inference.vi.flows.networks import INITIAL_SCALE, MLP, dot, normals, zeros
 
 __all__ = ["LU", "ElementwiseAffine", "Permutation"]
 
@@ -149,7 +149,7 @@ class LU(Bijection):
 
     def _forward(self, x, context):
         lower, upper = self._factors()
-        y, _ = self.order._forward(lower @ (upper @ x), None)
+        y, _ = self.order._forward(dot(lower, dot(upper, x)), None)
         return y + self.shift, jnp.sum(self.log_diagonal)
 
     def _backward(self, y, context):
@@ -160,7 +160,7 @@ class LU(Bijection):
         inverse = solve_triangular(lower, identity, lower=True, unit_diagonal=True)
         inverse = solve_triangular(upper, inverse, lower=False)
         x, _ = self.order._backward(y - self.shift, None)
-        return inverse @ x, -jnp.sum(self.log_diagonal)
+        return dot(inverse, x), -jnp.sum(self.log_diagonal)
 
     def _factors(self):
         d = self.dim

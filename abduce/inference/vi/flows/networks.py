@@ -17,7 +17,7 @@ import numpy as np
 from abduce.errors import InvalidValue
 from abduce.inference.vi.flows.bijection import check_count
 
-__all__ = ["ACTIVATIONS", "INITIAL_SCALE", "MADE", "MLP", "check_sizes", "normals", "zeros"]
+__all__ = ["ACTIVATIONS", "INITIAL_SCALE", "MADE", "MLP", "check_sizes", "dot", "normals", "zeros"]
 
 ACTIVATIONS: MappingProxyType[str, Callable[[Any], Any]] = MappingProxyType(
     {
@@ -70,8 +70,8 @@ class MLP(eqx.Module):
         """The output, shape `(out_dim,)`, for an input of shape `(in_dim,)`."""
         *hidden, last = zip(self.weights, self.biases, strict=True)
         for w, b in hidden:
-            x = ACTIVATIONS[self.activation](w @ x + b)
-        return last[0] @ x + last[1]
+            x = ACTIVATIONS[self.activation](dot(w, x) + b)
+        return dot(last[0], x) + last[1]
 
 
 class MADE(eqx.Module):
@@ -131,12 +131,12 @@ class MADE(eqx.Module):
     def __call__(self, x: jax.Array, context: Any = None) -> jax.Array:
         """All rows, shape `(dim, num_params)`, for an input of shape `(dim,)`."""
         mask = self._masks()[-1]
-        return (self.out_weight * mask[:, None]) @ self._features(x, context) + self.out_bias
+        return dot(self.out_weight * mask[:, None], self._features(x, context)) + self.out_bias
 
     def row(self, i: jax.Array, x: jax.Array, context: Any = None) -> jax.Array:
         """Row `i`, shape `(num_params,)`; entries of `x` from `i` on do not matter."""
         weight = self.out_weight[i] * jnp.asarray(self._masks()[-1])[i]
-        return weight @ self._features(x, context) + self.out_bias[i]
+        return dot(weight, self._features(x, context)) + self.out_bias[i]
 
     def _masks(self) -> tuple[np.ndarray, ...]:
         return _masks(self.dim, self.hidden, bool(self.context_dim))
@@ -147,9 +147,9 @@ class MADE(eqx.Module):
         for j, (w, b, mask) in enumerate(
             zip(self.weights, self.biases, self._masks(), strict=False)
         ):
-            x = (w * mask) @ x + b
+            x = dot(w * mask, x) + b
             if j == 0 and self.context_weight is not None:
-                x = x + self.context_weight @ context
+                x = x + dot(self.context_weight, context)
             x = act(x)
         return x
 
@@ -169,6 +169,12 @@ def _masks(dim: int, hidden: tuple[int, ...], has_context: bool) -> tuple[np.nda
     for mask in masks:
         mask.setflags(write=False)  # they are shared
     return tuple(masks)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of float32 in float32: accelerators round to fewer digits by default, and then
+    the way back would miss where it started."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnums=1)

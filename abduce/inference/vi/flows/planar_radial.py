@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from abduce.inference.vi.flows.bijection import Bijection, check_count
-from abduce.inference.vi.flows.networks import INITIAL_SCALE, MLP
+from abduce.inference.vi.flows.networks import INITIAL_SCALE, MLP, dot
 
 __all__ = ["Planar", "Radial"]
 
@@ -81,19 +81,19 @@ class Planar(Bijection):
 
     def _forward(self, x, context):
         u_hat, w, b, slope = self._read(context)
-        h = jnp.tanh(w @ x + b)
+        h = jnp.tanh(dot(w, x) + b)
         return x + u_hat * h, _log_planar(h, slope)
 
     def _backward(self, y, context):
         u_hat, w, b, slope = self._read(context)
-        h = jnp.tanh(_planar_root(w @ y + b, slope))
+        h = jnp.tanh(_planar_root(dot(w, y) + b, slope))
         return y - u_hat * h, -_log_planar(h, slope)
 
     def _read(self, context):
         """`(u_hat, w, b, 1 + w.u_hat)`; the last is positive (appendix A.1)."""
         values = self.parameters(context)
         u, w, b = values[: self.dim], values[self.dim : -1], values[-1]
-        wu, ww = w @ u, w @ w
+        wu, ww = dot(w, u), dot(w, w)
         slope = jnp.maximum(jax.nn.softplus(wu), jnp.finfo(wu.dtype).tiny)
         slope = jnp.where(ww > 0, slope, 1.0)
         u_hat = u + (slope - 1 - wu) * w / jnp.where(ww > 0, ww, 1.0)
