@@ -53,6 +53,8 @@ from abduce.inference.stored import load
 from abduce.inference.vi import flows, grad, guides, objectives
 from abduce.inference.vi.algorithm import vi
 from abduce.inference.vi.expectation import expectation
+from abduce.inference.vi.gaussian import gaussian_vi
+from abduce.inference.vi.pathfinder import pathfinder
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
 from abduce.ppl.inside import log_density, propose
@@ -101,6 +103,7 @@ __all__ = [
     "factor",
     "flows",
     "from_numpyro",
+    "gaussian_vi",
     "grad",
     "graph",
     "guided",
@@ -122,6 +125,7 @@ __all__ = [
     "objectives",
     "param",
     "particle_gibbs",
+    "pathfinder",
     "pmmh",
     "propose",
     "reparam",

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.errors import InvalidAlgorithm, NoDensity
+from abduce.errors import NoDensity
 from abduce.inference.vi import flows
+from abduce.inference.vi.path_normals import Normal
+from abduce.inference.vi.pathfinder import pathfinder
 
 __all__ = [
     "Family",
@@ -41,28 +43,26 @@ def _normal(e: Any) -> Any:
 class Family:
     """Base of all families.
 
+    A fit begins at the normal that Pathfinder finds on the way to a mode (`ab.pathfinder`), so that
+    badly scaled coordinates do no harm.
+
     Attributes:
-        init_scale: Standard deviation of the coordinates at the start.
         rate: The optimizer's default rate at the start.
+        framed: Whether the family lives in coordinates in which that normal is standard; otherwise
+            it takes its location and its standard deviations.
     """
 
     rate = 0.02
-    init_scale: float = 0.1
+    framed = False
 
-    def __post_init__(self):
-        if not self.init_scale > 0:
-            raise InvalidAlgorithm(
-                f"ab.guides.{type(self).__name__}: init_scale must be positive, got "
-                f"{self.init_scale!r}."
-            )
-
-    def prepare(self, key: Any, target: Any, data: Any, start: Any) -> tuple[Any, Any]:
+    def prepare(self, key: Any, target: Any, data: Any, start: Any, scale: Any) -> tuple[Any, Any]:
         """The family for a target, and its parameters at the start.
 
         Args:
             key: Random key.
             target, data: The log density, called as `target(data, u)`.
             start: Where to begin, shape `(dim,)`.
+            scale: Standard deviations there, shape `(dim,)`.
         """
         raise NotImplementedError
 
@@ -103,8 +103,8 @@ class _MeanField(_OfDim):
 class mean_field(Family):
     """Independent normals."""
 
-    def prepare(self, key, target, data, start):
-        log_scale = jnp.full_like(start, math.log(self.init_scale))
+    def prepare(self, key, target, data, start, scale):
+        log_scale = jnp.log(scale)
         return _MeanField(len(start)), {"loc": start, "log_scale": log_scale}
 
 
@@ -132,10 +132,12 @@ class _FullRank(_OfDim):
 class full_rank(Family):
     """A normal with any covariance, through its Cholesky factor."""
 
-    def prepare(self, key, target, data, start):
+    framed = True
+
+    def prepare(self, key, target, data, start, scale):
         n = len(start)
         rows, columns = np.tril_indices(n, -1)
-        log_diagonal = jnp.full_like(start, math.log(self.init_scale))
+        log_diagonal = jnp.log(scale)
         below = jnp.zeros(len(rows), start.dtype)
         family = _FullRank(n, tuple(rows.tolist()), tuple(columns.tolist()))
         return family, {"loc": start, "log_diagonal": log_diagonal, "below": below}
@@ -145,7 +147,7 @@ class full_rank(Family):
 class laplace(Family):
     """A full-rank normal that starts as Laplace's approximation at the mode nearest the start."""
 
-    def prepare(self, key, target, data, start):
+    def prepare(self, key, target, data, start, scale):
         from abduce.inference.laplace import _climb, _newton
 
         mode, value, _ = _climb(target, data, np.asarray(start), 500)
@@ -199,10 +201,10 @@ class low_rank(Family):
 
     rank: int = 5
 
-    def prepare(self, key, target, data, start):
+    def prepare(self, key, target, data, start, scale):
         rank = min(self.rank, len(start))
         factor = 0.01 * jax.random.normal(key, (len(start), rank), start.dtype)
-        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        log_scale = jnp.log(scale)
         params = {"loc": start, "log_scale": log_scale, "factor": factor}
         return _LowRank(len(start), rank), params
 
@@ -246,7 +248,7 @@ class structured(Family):
     model's structure instead of with the square of its size.
     """
 
-    def prepare(self, key, target, data, start):
+    def prepare(self, key, target, data, start, scale):
         pattern = interactions(key, target, data, start)
         order, parents = eliminate(pattern)
         position = {j: i for i, j in enumerate(order)}
@@ -254,7 +256,7 @@ class structured(Family):
         rows = tuple(r for r, _ in pairs)
         columns = tuple(c for _, c in pairs)
         family = _Structured(len(start), tuple(order), rows, columns)
-        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        log_scale = jnp.log(scale)
         weights = jnp.zeros(len(pairs), start.dtype)
         return family, {"loc": start, "log_scale": log_scale, "weights": weights}
 
@@ -285,6 +287,77 @@ def eliminate(pattern: np.ndarray) -> tuple[list[int], dict[int, list[int]]]:
             neighbours[a].discard(i)
         removed.append(i)
     return removed[::-1], parents
+
+
+# ---------------------------------------------------------------------- frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Framed:
+    """A family in coordinates `v` in which a given normal over `u` is standard.
+
+    `u = location + scale (v + Q (L - I) Q' v)`, see `abduce.inference.vi.path_normals`.
+    """
+
+    inner: Any
+
+    @property
+    def dim(self) -> int:
+        return self.inner.dim
+
+    @property
+    def noise_dim(self) -> int:
+        return self.inner.noise_dim
+
+    @property
+    def sticks(self) -> bool:
+        return self.inner.sticks
+
+    @property
+    def has_density(self) -> bool:
+        return self.inner.has_density
+
+    def draw(self, params, e):
+        frame = jax.tree.map(jax.lax.stop_gradient, params["frame"])
+        v, log_q = self.inner.draw(params["family"], e)
+        inside = frame["basis"].T @ v
+        change = frame["basis"] @ (frame["factor"] @ inside - inside)
+        return frame["location"] + frame["scale"] * (v + change), log_q - frame["half_log_det"]
+
+    def log_density(self, params, u):
+        frame = jax.tree.map(jax.lax.stop_gradient, params["frame"])
+        w = (u - frame["location"]) / frame["scale"]
+        inside = frame["basis"].T @ w
+        solved = jax.scipy.linalg.solve_triangular(frame["factor"], inside, lower=True)
+        v = w + frame["basis"] @ (solved - inside)
+        return self.inner.log_density(params["family"], v) - frame["half_log_det"]
+
+
+def begin(family: Family, key: Any, target: Any, data: Any, start: Any) -> tuple[Any, Any]:
+    """A family ready to be fitted, and its parameters, from Pathfinder's normal."""
+    k1, k2 = jax.random.split(key)
+    normal = pathfinder(num_paths=1)._path(target, data, k1, np.asarray(start)).best
+    if normal is None:
+        scale = np.full(len(start), 0.1)
+        empty = np.zeros((len(start), 0))
+        normal = Normal(np.asarray(start), scale, empty, np.zeros((0, 0)), 2 * np.log(scale).sum())
+    frame = {
+        "location": normal.location,
+        "scale": normal.scale,
+        "basis": normal.basis,
+        "factor": normal.factor,
+        "half_log_det": np.asarray(0.5 * normal.log_det),
+    }
+    frame = {k: jnp.asarray(x, start.dtype) for k, x in frame.items()}
+    if family.framed:
+        zero, one = jnp.zeros_like(start), jnp.ones_like(start)
+
+        inner, params = family.prepare(k2, target, data, zero, one)
+        return Framed(inner), {"frame": frame, "family": params}
+    half = normal.basis @ normal.factor @ normal.basis.T - normal.basis @ normal.basis.T
+    spread = normal.scale * np.sqrt(np.sum((np.eye(len(start)) + half) ** 2, 1))
+    scale = jnp.asarray(spread, start.dtype)
+    return family.prepare(k2, target, data, frame["location"], scale)
 
 
 # ---------------------------------------------------------------------- flows
@@ -334,10 +407,10 @@ class flow(Family):
     """
 
     rate = 0.003
+    framed = True
     make: Any = None
-    init_scale: float = 0.3
 
-    def prepare(self, key, target, data, start):
+    def prepare(self, key, target, data, start, scale):
         n = len(start)
         if self.make is not None:
             bijection = self.make(key, n)
@@ -346,7 +419,7 @@ class flow(Family):
         else:
             bijection = flows.spline_coupling(key, n, 4)
         arrays, static = eqx.partition(bijection, eqx.is_inexact_array)
-        log_scale = jnp.full_like(start, math.log(self.init_scale))
+        log_scale = jnp.log(scale)
         params = {"loc": start, "log_scale": log_scale, "flow": arrays}
         return _Flow(n, _Static(static)), params
 
@@ -408,14 +481,15 @@ class implicit(Family):
     """
 
     rate = 0.003
+    framed = True
     latent_dim: int | None = None
     hidden: tuple[int, ...] = (64, 64)
     sigma: float = 0.02
 
-    def prepare(self, key, target, data, start):
+    def prepare(self, key, target, data, start, scale):
         n = len(start)
         k = self.latent_dim or n
-        network = _Network(key, k, n, self.hidden, self.init_scale, start.dtype)
+        network = _Network(key, k, n, self.hidden, start.dtype)
         arrays, static = eqx.partition(network, eqx.is_inexact_array)
         params = {"loc": start, "network": arrays}
         return _Implicit(n, k, self.sigma, _Static(static)), params
@@ -427,9 +501,9 @@ class _Network(eqx.Module):
     linear: Any
     layers: Any
 
-    def __init__(self, key, k, n, hidden, scale, dtype):
+    def __init__(self, key, k, n, hidden, dtype):
         keys = jax.random.split(key, len(hidden) + 1)
-        self.linear = scale * jnp.eye(n, k, dtype=dtype)
+        self.linear = jnp.eye(n, k, dtype=dtype)
         sizes = [k, *hidden, n]
         self.layers = [
             (

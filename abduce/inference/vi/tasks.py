@@ -24,6 +24,7 @@ from abduce.inference.target import constrain, make_target
 from abduce.inference.vi.bound import FlatDensity, FlatGuide, ModelDensity, ModelGuide
 from abduce.inference.vi.expectation import Expectation
 from abduce.inference.vi.fitted import FittedFamily, WithParams
+from abduce.inference.vi.guides import begin
 from abduce.inference.vi.minibatch import Batches, Rescaled, Rows
 from abduce.inference.vi.objectives import diwhvi, elbo, iwhvi, sticking_the_landing
 from abduce.ppl.language import sample
@@ -124,7 +125,7 @@ class FlatTask:
             if np.isfinite(float(_density(target, data, start))):
                 break
         self._explain = describe(np.asarray(start))
-        return self.guide.prepare(k2, target, data, start)
+        return begin(self.guide, k2, target, data, start)
 
     def explain_start(self) -> str:
         return str(self._explain)
