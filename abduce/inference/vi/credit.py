@@ -17,6 +17,7 @@ alone, a step of a scan with the costs from it on.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,18 +53,17 @@ class Credit:
     Attributes:
         strategies: By address.
         linear: Variables on the way from the parts to the result.
-        scans: By address, the number of scans that a choice is in.
         varied: The choice whose alternatives are run; None in the ordinary run.
-        uses: By address, filled by the walk.
+        uses, scans: By address, filled by the walk: how parts use a choice, and the scans it is in.
         misfit: Whether `extra` is the misfit of the learned baselines instead of the baselines.
     """
 
     strategies: Mapping[str, Strategy]
     linear: frozenset[Any]
-    scans: Mapping[str, int]
     varied: str | None = None
     misfit: bool = False
     uses: dict[str, Use] = dataclasses.field(default_factory=dict)
+    scans: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, args: Sequence[Any], tape: Tape) -> list[Node]:
         """Walks a jaxpr."""
@@ -98,7 +98,11 @@ class Credit:
     def _note(self, address: str, level: int | None, axes: Sequence[int | None], tape: Tape):
         use = self.uses.setdefault(address, Use())
         use.axes.update(i for i, a in enumerate(axes) if a is None)
-        use.scans.update(range(tape.level if level is None else level, self.scans[address]))
+        mine = self.scans[address]
+        if level is None:  # apart are only the steps of the scans that this part is in as well
+            pairs = zip(mine, tape.scans, strict=False)
+            level = sum(1 for _ in itertools.takewhile(lambda p: p[0] is p[1], pairs))
+        use.scans.update(range(level, len(mine)))
 
     # ---------------------------------------------------------------- equations
 
@@ -116,7 +120,10 @@ class Credit:
         if eqn.primitive is _jax.cond_p:
             return self._cond(eqn, nodes, tape)
         call = _jax.call_jaxpr(eqn)
-        if call is not None and (sited or call[0] == "call"):
+        # A jitted helper may be called from several places, of which one leads to the result by
+        # sums; elsewhere it is evaluated as it stands.
+        summed = any(v in self.linear for v in eqn.outvars)
+        if call is not None and (sited or (call[0] == "call" and summed)):
             kind, jaxpr = call
             if kind == "remat":
                 return self._remat(eqn, jaxpr, nodes, tape)
@@ -153,9 +160,6 @@ class Credit:
             parts[1:] = [
                 n.value if n.never else self.part(n, tape) for n in nodes[1:]
             ]  # fmt: skip
-            if any(never):
-                others = [n for n in nodes[1:] if not n.never]
-                out.labels = join(n.labels for n in others)
         else:
             return
         out.credited = _jax.evaluate(eqn, parts)[0]
@@ -164,7 +168,11 @@ class Credit:
 
     def choice(self, site: Site, nodes: list[Node], tape: Tape) -> Node:
         operands = [n.value for n in nodes]
-        labels = join(_into_site(site, i, n.labels) for i, n in enumerate(nodes))
+        labels = join(
+            _into_site(site, i, n.labels)
+            for i, n in enumerate(nodes)
+            if site.roles[i] not in ("scale", "baseline")
+        )
         given = tape.inputs.get(site.address, Input())
         if site.kind == "deterministic":
             return Node(broadcast_operand(site, operands[0], 0), labels)
@@ -188,6 +196,7 @@ class Credit:
         value = out["value"]
         if "factor" not in out:
             return Node(value, labels)
+        self.scans[site.address] = tape.scans
         factor = out["factor"]
         if given.nudge is not None:
             factor = factor + given.nudge
@@ -218,7 +227,7 @@ class Credit:
         nc, nk = _jax.scan_split(eqn)
         inner, _ = _jax.inner_jaxpr(p["jaxpr"])
         consts, init, xs = nodes[:nc], nodes[nc : nc + nk], nodes[nc + nk :]
-        level = tape.level
+        level, mark = tape.level, object()
         choices = self._credited_addresses(p["jaxpr"])
         carried = inner.invars[nc : nc + nk]
         doubled = [
@@ -249,7 +258,7 @@ class Credit:
             inputs |= {a: tape.inputs[a].at(g) for a, g in sliced_t.items()}
             here = tape.inside(
                 key=None if tape.key is None else jax.random.fold_in(tape.key, t),
-                inputs=inputs, factors=factors, extra=extra, level=level + 1,
+                inputs=inputs, factors=factors, extra=extra, scans=(*tape.scans, mark),
             )  # fmt: skip
             doubles = dict(zip(doubled, twice, strict=True))
             args = [

@@ -39,19 +39,18 @@ class Plan:
 
     Attributes:
         strategies: By address.
-        linear, scans: As `Credit` takes them.
+        linear: As `Credit` takes it.
         joint: Choices that are summed out: mixed axes and number of alternatives.
         varied: Choices whose alternatives are run in turn: mixed axes and number of runs.
     """
 
     strategies: dict[str, Strategy]
     linear: frozenset[Any]
-    scans: dict[str, int]
     joint: dict[str, tuple[tuple[int, ...], int]]
     varied: dict[str, tuple[tuple[int, ...], int]]
 
     def credit(self, **settings: Any) -> Credit:
-        return Credit(self.strategies, self.linear, self.scans, **settings)
+        return Credit(self.strategies, self.linear, **settings)
 
     @property
     def grid(self) -> int:
@@ -95,12 +94,11 @@ def make_plan(chosen: Mapping[str, Strategy], program: Program) -> Plan:
             strategy = resolve_continuous(info.site) or default()
         strategy.check(info.site)
         strategies[address] = strategy
-    scans = {a: s.num_scans for a, s in latents.items()}
     if not any(s.credited for s in strategies.values()):
         require_smooth(program.jaxpr, strategies)
-        return Plan(strategies, frozenset(), scans, {}, {})
+        return Plan(strategies, frozenset(), {}, {})
     linear = linear_variables(program.jaxpr, tainted_variables(program.jaxpr, strategies))
-    uses = _uses(program, strategies, linear, scans)
+    uses = _uses(program, strategies, linear)
     joint, varied = {}, {}
     budget: dict[str, int] = {}
     sizes = {}
@@ -132,7 +130,7 @@ def make_plan(chosen: Mapping[str, Strategy], program: Program) -> Plan:
         if isinstance(strategy, (enum, mvd)) and address not in joint:
             varied[address] = (axes, elements * strategy.num_alternatives(site))
     require_smooth(program.jaxpr, strategies)
-    return Plan(strategies, linear, scans, joint, varied)
+    return Plan(strategies, linear, joint, varied)
 
 
 def _mixed_axes(info: SiteInfo, use: Any) -> tuple[int, ...]:
@@ -143,9 +141,9 @@ def _mixed_axes(info: SiteInfo, use: Any) -> tuple[int, ...]:
     return tuple(sorted({s for s in use.scans if s < n} | {n + a for a in use.axes}))
 
 
-def _uses(program: Program, strategies: Any, linear: Any, scans: Any) -> dict[str, Any]:
+def _uses(program: Program, strategies: Any, linear: Any) -> dict[str, Any]:
     plain = {a: score() if isinstance(s, default) else s for a, s in strategies.items()}
-    credit = Credit(plain, linear, scans)
+    credit = Credit(plain, linear)
     invars = _jax.inner_jaxpr(program.jaxpr)[0].invars
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
 
@@ -160,7 +158,7 @@ def walk_parts(
     credit: Credit, program: Program, values: Any, key: Any, inputs: Any
 ) -> tuple[Any, Any]:
     zero = jnp.zeros((), jnp.result_type(float))
-    tape = Tape(key, inputs, {}, zero, {}, 0)
+    tape = Tape(key, inputs, {}, zero, {}, ())
     (out,) = credit.run(program.jaxpr, values, tape)
     return credit.part(out, tape), tape.extra
 

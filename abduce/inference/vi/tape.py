@@ -77,14 +77,19 @@ class Tape:
             round, level n: summed over the earlier steps of scan number n.
         extra: A scalar beside the parts: baselines, and the misfit of learned ones.
         guards: Labels of the predicates of the enclosing branches.
-        level: The number of enclosing scans.
+        scans: A mark for each enclosing scan, outermost first.
     """
 
-    __slots__ = ("extra", "factors", "guards", "inputs", "key", "level")
+    __slots__ = ("extra", "factors", "guards", "inputs", "key", "scans")
 
-    def __init__(self, key, inputs, factors, extra, guards, level):
+    def __init__(self, key, inputs, factors, extra, guards, scans):
         self.key, self.inputs, self.factors = key, inputs, dict(factors)
-        self.extra, self.guards, self.level = extra, guards, level
+        self.extra, self.guards, self.scans = extra, guards, scans
+
+    @property
+    def level(self) -> int:
+        """The number of enclosing scans."""
+        return len(self.scans)
 
     def inside(self, **changes: Any) -> Tape:
         parts = {n: getattr(self, n) for n in self.__slots__}

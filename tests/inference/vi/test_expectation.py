@@ -225,6 +225,49 @@ def test_nested_scans(x64):
     np.testing.assert_allclose(gradient, slope, rtol=1e-7)
 
 
+def test_scans_one_after_the_other(x64):
+    """The second scan uses what the first one drew: its steps are not apart there."""
+
+    @ab.expectation
+    def f(p):
+        def draw(c, _):
+            z = ab.sample("z", dist.Bernoulli(probs=p), grad=ENUM).astype(float)
+            return c + z, z
+
+        c, zs = jax.lax.scan(draw, 0.0, None, length=3)
+
+        def use(total, z):
+            return total + jnp.exp(c) * (1 + z), None
+
+        return jax.lax.scan(use, 0.0, zs)[0]
+
+    def exact(p):
+        total = 0.0
+        for zs in np.ndindex(2, 2, 2):
+            w = np.prod([p if z else 1 - p for z in zs])
+            total += w * np.exp(sum(zs)) * (3 + sum(zs))
+        return total
+
+    value, gradient = f.value_and_grad(KEY, 0.3)
+    np.testing.assert_allclose(value, exact(0.3), rtol=1e-10)
+    slope = (exact(0.3 + 1e-5) - exact(0.3 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(gradient, slope, rtol=1e-7)
+
+
+def test_minus_infinity_is_no_part_where_it_can_happen(x64):
+    """A mask by -inf inside an exponential depends on the choice; at the top it is a support."""
+
+    @ab.expectation
+    def f(p):
+        z = ab.sample("z", dist.Bernoulli(probs=p), grad=ENUM)
+        masked = jnp.where(z == 1, 2.0, -jnp.inf)
+        return jnp.exp(masked) + jnp.logaddexp(masked, 1.0)
+
+    value, gradient = f.value_and_grad(KEY, 0.3)
+    on, off = np.exp(2) + np.logaddexp(2.0, 1.0), 1.0
+    np.testing.assert_allclose([value, gradient], [0.3 * on + 0.7 * off, on - off], rtol=1e-12)
+
+
 def test_a_branch_is_credited_with_its_predicate(x64):
     @ab.expectation
     def f(p):
