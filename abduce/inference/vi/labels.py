@@ -26,8 +26,8 @@ _ELEMENTWISE = frozenset(
         "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "convert_element_type",
         "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc",
         "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a", "igammac",
-        "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
-        "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "pow",
+        "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic",
+        "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "pow",
         "random_gamma_grad", "real", "reduce_precision", "regularized_incomplete_beta", "rem",
         "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
         "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub",
@@ -128,6 +128,10 @@ def _rule(eqn: Any, i: int, labels: Labels) -> Labels:
         where = _reshaped(shape, out_shape)
     elif name == "concatenate":
         where = {a: a for a in same if a != p["dimension"]}
+    elif name == "stack":
+        where = {a: a + (a >= p["axis"]) for a in same}
+    elif name == "unstack":
+        where = {a: a - (a > p["axis"]) for a in same if a != p["axis"]}
     elif name == "split":
         where = {a: a for a in same if a != p["axis"]}
     elif name == "rev":

@@ -13,7 +13,7 @@ __all__ = ["LINEAR", "RESHAPES", "linear_variables"]
 
 RESHAPES = frozenset(("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"))
 LINEAR = RESHAPES | {
-    "add", "add_any", "concatenate", "neg", "reduce_sum", "sub", "transpose"
+    "add", "add_any", "concatenate", "neg", "reduce_sum", "stack", "sub", "transpose"
 }  # fmt: skip
 
 

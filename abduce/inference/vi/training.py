@@ -84,7 +84,7 @@ def _chunk(config: Training, state: Any, key: Any, first: Any, data: Any) -> Any
         new_state = (keep(new_params, params), keep(new_opt, opt_state), means, bad, bad_params)
         return new_state, (value, finite)
 
-    return jax.lax.scan(step, state, first + jnp.arange(config.chunk))
+    return jax.lax.scan(step, state, first + jnp.arange(config.chunk, dtype=jnp.int32))
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from abduce.inference.vi.flows.bijection import Bijection, check_count
 from abduce.inference.vi.flows.networks import MADE
 from abduce.inference.vi.flows.transformers import Affine, Transformer
+from abduce.ppl.operations import typed_key
 
 __all__ = ["MaskedAutoregressive"]
 
@@ -54,6 +55,7 @@ class MaskedAutoregressive(Bijection):
         self.context_dim = check_count(name, "context_dim", context_dim, 0)
         self.transformer = Affine() if transformer is None else transformer
         num_params = self.transformer.num_params
+        key = typed_key(key, name)
         self.network = MADE(key, dim, num_params, hidden, context_dim, activation)
 
     @property

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from abduce.errors import InvalidValue
 from abduce.inference.vi.flows.bijection import Bijection, check_count
 from abduce.inference.vi.flows.networks import MLP, check_sizes, dot
+from abduce.ppl.operations import typed_key
 
 __all__ = ["Continuous"]
 
@@ -62,6 +63,7 @@ class Continuous(Bijection):
         # tanh: a bounded velocity moves points far out by a bounded distance
         if not check_sizes(name, hidden, "tanh"):
             raise InvalidValue(f"{name} needs at least one hidden layer, got hidden=().")
+        key = typed_key(key, name)
         self.network = MLP(key, dim + 1 + context_dim, dim, hidden, "tanh")
 
     def _forward(self, x, context):

@@ -12,6 +12,7 @@ from abduce.errors import InvalidValue
 from abduce.inference.vi.flows.bijection import Bijection, check_count
 from abduce.inference.vi.flows.networks import MLP
 from abduce.inference.vi.flows.transformers import Affine, Transformer
+from abduce.ppl.operations import typed_key
 
 __all__ = ["Coupling"]
 
@@ -60,6 +61,7 @@ class Coupling(Bijection):
         self.context_dim = check_count("flows.Coupling", "context_dim", context_dim, 0)
         self.transformer = Affine() if transformer is None else transformer
         num_out = (dim - dim // 2) * self.transformer.num_params
+        key = typed_key(key, "flows.Coupling")
         self.network = MLP(key, dim // 2 + context_dim, num_out, hidden, activation)
 
     def _forward(self, x, context):

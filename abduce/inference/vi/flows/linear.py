@@ -14,6 +14,7 @@ from jax.scipy.linalg import solve_triangular
 from abduce.errors import InvalidValue
 from abduce.inference.vi.flows.bijection import Bijection, check_count
 from abduce.inference.vi.flows.networks import INITIAL_SCALE, MLP, dot, normals, zeros
+from abduce.ppl.operations import typed_key
 
 __all__ = ["LU", "ElementwiseAffine", "Permutation"]
 
@@ -51,6 +52,7 @@ class ElementwiseAffine(Bijection):
         self.dim = check_count("flows.ElementwiseAffine", "dim", dim)
         self.context_dim = check_count("flows.ElementwiseAffine", "context_dim", context_dim, 0)
         self.shift, self.log_scale = zeros(dim), zeros(dim)
+        key = typed_key(key, "flows.ElementwiseAffine")
         self.network = MLP(key, context_dim, 2 * dim, hidden, activation) if context_dim else None
 
     def _forward(self, x, context):
@@ -140,6 +142,7 @@ class LU(Bijection):
         if self.order.dim != dim:
             raise InvalidValue(f"flows.LU: order has {self.order.dim} entries, but dim is {dim}.")
         size = dim * (dim - 1) // 2
+        key = typed_key(key, "flows.LU")
         self.lower, self.upper = normals(key, ((size,), (size,)), (INITIAL_SCALE, INITIAL_SCALE))
         self.log_diagonal, self.shift = zeros(dim), zeros(dim)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from abduce.inference.vi.flows.bijection import Bijection, check_count
 from abduce.inference.vi.flows.networks import INITIAL_SCALE, MLP, dot
+from abduce.ppl.operations import typed_key
 
 __all__ = ["Planar", "Radial"]
 
@@ -72,6 +73,7 @@ class Planar(Bijection):
     ):
         self.dim = check_count("flows.Planar", "dim", dim)
         self.context_dim = check_count("flows.Planar", "context_dim", context_dim, 0)
+        key = typed_key(key, "flows.Planar")
         values = _planar_values(key, dim)
         self.parameters = _Parameters(key, values, hidden, self.context_dim, activation)
 
@@ -182,6 +184,7 @@ class Radial(Bijection):
     ):
         self.dim = check_count("flows.Radial", "dim", dim)
         self.context_dim = check_count("flows.Radial", "context_dim", context_dim, 0)
+        key = typed_key(key, "flows.Radial")
         values = _radial_values(key, dim)
         self.parameters = _Parameters(key, values, hidden, self.context_dim, activation)
 

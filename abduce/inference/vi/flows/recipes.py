@@ -16,6 +16,7 @@ from abduce.inference.vi.flows.coupling import Coupling
 from abduce.inference.vi.flows.linear import LU, ElementwiseAffine, Permutation
 from abduce.inference.vi.flows.planar_radial import Planar, Radial
 from abduce.inference.vi.flows.transformers import Affine, RationalQuadratic
+from abduce.ppl.operations import typed_key
 
 __all__ = [
     "affine_coupling",
@@ -272,6 +273,7 @@ def continuous(
     def layer(k):
         return Continuous(k, dim, hidden=hidden, num_steps=num_steps, context_dim=context_dim)
 
+    key = typed_key(key, "flows.continuous")
     keys = jax.random.split(key, check_count("flows.continuous", "num_layers", num_layers) + 1)
     return Chain([Stack(jax.vmap(layer)(keys[1:])), ElementwiseAffine(keys[0], dim)])
 
@@ -285,6 +287,7 @@ def _around_points(
     hidden: Sequence[int],
     context_dim: int,
 ) -> Chain:
+    key = typed_key(key, name)
     keys = jax.random.split(key, check_count(name, "num_layers", num_layers) + 1)
     settings: dict[str, Any] = {"hidden": hidden, "context_dim": context_dim}
     layers = jax.vmap(lambda k: kind(k, dim, **settings))(keys[1:])
@@ -303,7 +306,7 @@ def _mixed(
     check_count(name, "num_layers", num_layers)
     if mixing not in _MIXING:
         raise InvalidValue(f"{name}: unknown mixing {mixing!r}; choose from {list(_MIXING)}.")
-    key_layers, key_end = jax.random.split(key)
+    key_layers, key_end = jax.random.split(typed_key(key, name))
     keys = jax.random.split(key_layers, num_layers)
     if mixing == "lu":
 
