@@ -24,7 +24,7 @@ from abduce.inference.target import constrain, make_target
 from abduce.inference.vi.bound import FlatDensity, FlatGuide, ModelDensity, ModelGuide
 from abduce.inference.vi.expectation import Expectation
 from abduce.inference.vi.fitted import FittedFamily, WithParams
-from abduce.inference.vi.guides import begin
+from abduce.inference.vi.frame import begin
 from abduce.inference.vi.minibatch import Batches, Rescaled, Rows
 from abduce.inference.vi.objectives import diwhvi, elbo, iwhvi, sticking_the_landing
 from abduce.ppl.language import sample
