@@ -15,7 +15,12 @@ Example:
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
-from abduce import dist
+from abduce import amortized, dist
+from abduce.amortized import checks
+from abduce.amortized.checks import sbc
+from abduce.amortized.distribution_transformer import distribution_transformer
+from abduce.amortized.npe import fmpe, npe, npse
+from abduce.amortized.pfn import pfn
 from abduce.errors import (
     AbduceError,
     AbduceWarning,
@@ -49,12 +54,12 @@ from abduce.inference.smc.pmmh import pmmh
 from abduce.inference.smc.smc2 import smc2
 from abduce.inference.smc.steering import steer
 from abduce.inference.smc.steering_checks import check_potential
-from abduce.inference.stored import load
 from abduce.inference.vi import flows, grad, guides, objectives
 from abduce.inference.vi.algorithm import vi
 from abduce.inference.vi.expectation import expectation
 from abduce.inference.vi.gaussian import gaussian_vi
 from abduce.inference.vi.pathfinder import pathfinder
+from abduce.loading import load
 from abduce.ppl.bridge import from_numpyro
 from abduce.ppl.graph import Graph, graph
 from abduce.ppl.inside import log_density, propose
@@ -93,15 +98,19 @@ __all__ = [
     "Posterior",
     "Trace",
     "UnknownAddress",
+    "amortized",
     "bijection",
     "check_potential",
+    "checks",
     "condition",
     "deterministic",
     "dist",
+    "distribution_transformer",
     "do",
     "expectation",
     "factor",
     "flows",
+    "fmpe",
     "from_numpyro",
     "gaussian_vi",
     "grad",
@@ -121,15 +130,19 @@ __all__ = [
     "model",
     "noncentered",
     "normalize",
+    "npe",
+    "npse",
     "nuts",
     "objectives",
     "param",
     "particle_gibbs",
     "pathfinder",
+    "pfn",
     "pmmh",
     "propose",
     "reparam",
     "sample",
+    "sbc",
     "scaled",
     "scope",
     "sel",

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": {"errors", "dist", "ppl"},
     "inference": {"errors", "dist", "kernels", "ppl"},
     "amortized": {"errors", "dist", "kernels", "ppl", "inference", "models"},
+    "loading": {"errors", "inference", "amortized"},
     "demo": {"", "errors", "dist", "ppl", "inference", "models"},
     "cli": {"demo"},
     "__main__": {"cli"},

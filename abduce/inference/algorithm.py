@@ -25,7 +25,12 @@ T = TypeVar("T")
 
 
 class Algorithm:
-    """Base of all algorithms."""
+    """Base of all algorithms.
+
+    `traceable`: whether `run` works inside `jax.jit` and `jax.vmap`, with data that are tracers.
+    """
+
+    traceable = False  # without annotation: an attribute of the class, not a setting
 
     @property
     def name(self) -> str:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.errors import Degenerate, InvalidAlgorithm
+from abduce.errors import Degenerate
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, lost_sites
+from abduce.inference.proposals import as_proposal
 from abduce.inference.psis import khat_threshold, psis, weights_ess
 from abduce.ppl.masked import Masked
 
@@ -28,8 +29,8 @@ class importance(Algorithm):
 
     Args:
         num_samples: Draws.
-        proposal: A Model called as `proposal(given, *args)`, or a posterior, whose `as_model()` is
-            taken; None: the prior.
+        proposal: A Model called as `proposal(given, *args)`, a posterior (its `as_model()` is
+            taken) or an estimator; None: the prior.
         smooth: Whether the draws carry Pareto-smoothed weights; the evidence uses raw ones.
 
     The posterior has one chain of weighted draws, `log_evidence`, and the diagnostics `ess`
@@ -46,13 +47,16 @@ class importance(Algorithm):
     num_samples: int = 10_000
     proposal: Any = None
     smooth: bool = True
+    traceable = True
 
     def __post_init__(self):
         check_count("importance", "num_samples", self.num_samples)
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         problem.require_latents("ab.importance")
-        proposal = _as_proposal(self.proposal)
+        proposal = self.proposal
+        if proposal is not None:
+            proposal = as_proposal(proposal, problem.model, "importance")
         given = {
             a: g.value if g.mask is None else Masked(g.value, g.mask)
             for a, g in problem.given.items()
@@ -133,19 +137,6 @@ class importance(Algorithm):
             messages=messages,
             active=active,
         )
-
-
-def _as_proposal(proposal: Any) -> Any:
-    from abduce.ppl.model import Model
-
-    if isinstance(proposal, Posterior):
-        return proposal.as_model()
-    if proposal is None or isinstance(proposal, Model):
-        return proposal
-    raise InvalidAlgorithm(
-        f"ab.importance: proposal= takes a Model called as proposal(given, *args), got "
-        f"{type(proposal).__name__}."
-    )
 
 
 def _draw_now(n, model, proposal, given, arguments, key):

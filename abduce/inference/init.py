@@ -12,6 +12,7 @@ import numpy as np
 
 from abduce.errors import InvalidAlgorithm, InvalidValue
 from abduce.inference.problem import Problem
+from abduce.inference.proposals import as_proposal
 from abduce.inference.target import FlatTarget, unconstrain
 from abduce.ppl.checks import check_support
 from abduce.ppl.data import as_data
@@ -99,12 +100,13 @@ def _draw(init: Any, key: Any, problem: Problem, target: FlatTarget, data: Any, 
     elif isinstance(init, Prior):
         trace = problem.model.simulate(key, *problem.args, **problem.kwargs)
         choices = {a: x for a, x in trace.choices.items() if a in latents}
-    elif isinstance(init, Model):
+    elif isinstance(init, Model) or hasattr(init, "as_model"):
+        init = as_proposal(init, problem.model, name.removeprefix("ab."))
         choices = init.simulate(key, given, *problem.args, **problem.kwargs).choices
     else:
         raise InvalidAlgorithm(
-            f"{name}: init= takes a choice map, a Model, a Posterior, ab.init.uniform(2.0) or "
-            f"ab.init.prior(), got {init!r}."
+            f"{name}: init= takes a choice map, a Model, a Posterior, an estimator, "
+            f"ab.init.uniform(2.0) or ab.init.prior(), got {init!r}."
         )
     unknown = sorted(set(choices) - set(latents))
     if unknown:

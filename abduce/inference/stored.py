@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from abduce.errors import InvalidValue
-from abduce.inference.persistence import load_folder, save_folder
+from abduce.inference.persistence import save_folder
 from abduce.inference.posterior import Posterior
 from abduce.ppl.masked import Masked
 
-__all__ = ["load", "save_posterior"]
+__all__ = ["posterior_from_saved", "save_posterior"]
 
 
 def save_posterior(post: Posterior, path: Any) -> Any:
@@ -48,22 +47,8 @@ def _plain(x: Any) -> Any:
     return x if isinstance(x, (int, float)) else str(x)
 
 
-def load(path: Any) -> Any:
-    """Reads what `save` wrote. Nothing in the folder is executed.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        A `Posterior` (without its model: pass `model=` to `predict`).
-
-    Raises:
-        LoadError: The folder is damaged, incomplete, or from a newer version; the message says
-            which.
-    """
-    kind, config, arrays = load_folder(path)
-    if kind != "posterior":
-        raise InvalidValue(f"ab.load: {path} holds a {kind!r}, which this version cannot load.")
+def posterior_from_saved(config: dict[str, Any], arrays: dict[str, Any]) -> Posterior:
+    """The posterior in a folder read by `load_folder`."""
     draws = {n[len("draws/") :]: x for n, x in arrays.items() if n.startswith("draws/")}
     return Posterior(
         draws=draws,

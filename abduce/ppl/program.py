@@ -197,7 +197,7 @@ class SiteInfo:
 
 def _permute(x: Any, perm: tuple[int, ...]) -> Any:
     n = np.ndim(x)
-    head = tuple(p for p in perm if p < n)[:n]
+    head = (*(p for p in perm if p < n), *range(len(perm), n))
     return x if head == tuple(range(n)) else jnp.transpose(x, head)
 
 

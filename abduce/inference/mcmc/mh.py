@@ -14,6 +14,7 @@ from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.mcmc.sweeps import ENOUGH, is_traced, run_sweeps, unmixed
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, lost_sites
+from abduce.inference.proposals import as_proposal
 from abduce.ppl.masked import Masked
 from abduce.ppl.model import Model, proposal_density
 from abduce.ppl.transforms import condition
@@ -82,7 +83,7 @@ class mh(Algorithm):
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         problem.require_latents("ab.mh")
-        proposals = as_proposals(self.proposal)
+        proposals = as_proposals(self.proposal, problem.model)
         given = {
             a: g.value if g.mask is None else Masked(g.value, g.mask)
             for a, g in problem.given.items()
@@ -133,16 +134,11 @@ def _messages(stats: dict[str, Any]) -> list[str]:
     return messages
 
 
-def as_proposals(proposal: Any) -> tuple[Model, ...]:
+def as_proposals(proposal: Any, model: Any = None) -> tuple[Model, ...]:
+    """One proposal or several as Models."""
     proposals = () if proposal is None else proposal
     proposals = proposals if isinstance(proposals, (tuple, list)) else (proposals,)
-    for q in proposals:
-        if not isinstance(q, Model):
-            raise InvalidAlgorithm(
-                f"ab.mh: proposal= takes models called as q(given, *args), got {type(q).__name__}. "
-                f"Decorate the function with @ab.model."
-            )
-    return tuple(q.with_algorithm(None) if q.algorithm is not None else q for q in proposals)
+    return tuple(as_proposal(q, model, "mh") for q in proposals)
 
 
 def _start(alg: mh, problem: Problem, setup: Any, key: Any) -> Any:

@@ -9,6 +9,7 @@ from abduce.errors import InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm, algorithm, check_count
 from abduce.inference.posterior import Posterior
 from abduce.inference.problem import Problem
+from abduce.inference.proposals import as_proposal, is_proposal
 from abduce.inference.smc.cloud import Settings
 from abduce.inference.smc.filtering import filter_posterior, run_filter
 from abduce.inference.smc.flow import evidence_scans
@@ -141,7 +142,7 @@ class smc(Algorithm):
         for field in ("proposal", "initial"):
             value = getattr(self, field)
             if isinstance(value, type) or (
-                value is not None and not isinstance(value, Model) and callable(value)
+                value is not None and not is_proposal(value) and callable(value)
             ):
                 raise InvalidAlgorithm(
                     f"ab.smc: {field}= takes a Model, got {type(value).__name__}. Decorate the "
@@ -251,7 +252,10 @@ class smc(Algorithm):
         from abduce.inference.smc.tempering import run
 
         self.require_one_island("tempering")
-        return run(self, problem, key)
+        alg = self
+        if self.proposal is not None:
+            alg = self.replace(proposal=as_proposal(self.proposal, problem.model, "smc"))
+        return run(alg, problem, key)
 
 
 _FILTER_THRESHOLD, _TEMPERING_THRESHOLD = 0.5, 0.9

@@ -184,7 +184,7 @@ def as_move(kernel: Any, problem: Problem) -> tuple[Any, tuple[Any, ...]]:
         branches = any(s.conditional for _, s in latents)
         return (MH() if discrete or branches else HMC()), ()
     if isinstance(kernel, mh):
-        return MH(), as_proposals(kernel.proposal)
+        return MH(), as_proposals(kernel.proposal, problem.model)
     if isinstance(kernel, hmc):
         if kernel.dense_mass:
             raise InvalidAlgorithm(

@@ -1,0 +1,481 @@
+"""Posterior estimators: trained on simulations of a model, attached to it like any algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abduce.amortized.encoder import feature_scales, raw_features
+from abduce.amortized.layout import Layout
+from abduce.amortized.networks import stacked
+from abduce.amortized.novelty import Novelty, measure
+from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, Fixed
+from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings
+from abduce.amortized.probes import Probes, make_probes, verify
+from abduce.amortized.reading import check_sites, read_example, require_fitted
+from abduce.amortized.rows import Rows, split_rows
+from abduce.amortized.training import Recipe, train
+from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, InvalidValue, NotFitted
+from abduce.inference.algorithm import Algorithm, check_count
+from abduce.inference.posterior import Posterior, make_posterior
+from abduce.inference.problem import Problem, make_problem
+from abduce.inference.target import constrain
+from abduce.ppl.model import Model
+from abduce.ppl.operations import outside_scopes, run_program, typed_key
+from abduce.ppl.program import stage_packed
+from abduce.ppl.replay import Replay
+
+__all__ = ["PosteriorEstimator"]
+
+_SCALE_DRAWS = 2048
+
+
+class PosteriorEstimator(eqx.Module, Algorithm):
+    """What `ab.npe` and its siblings return.
+
+    Attributes:
+        kind: 'npe', 'fmpe' or 'npse'.
+        layout: What it amortizes over.
+        settings: What the network is made of.
+        network: None before `fit`.
+        history: Of training: `loss` per step, `validation_step`, `validation_loss` (nats).
+        num_samples: Draws of a posterior.
+        report: The checks it was saved with, as plain values, or None.
+    """
+
+    kind: str = eqx.field(static=True)
+    layout: Layout = eqx.field(static=True)
+    settings: Settings = eqx.field(static=True)
+    model: Any
+    simulation: Any
+    scales: Any = None
+    network: Any = None
+    novelty: Novelty | None = None
+    probes: Probes | None = None
+    history: Any = None
+    num_samples: int = eqx.field(static=True, default=4000)
+    report: Any = None
+
+    traceable = True
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Addresses of what is observed."""
+        return self.layout.observed
+
+    def replace(self, **changes: Any) -> Any:
+        """The estimator with another `num_samples`; its network stays as trained."""
+        unknown = sorted(set(changes) - {"num_samples"})
+        if unknown:
+            raise InvalidAlgorithm(
+                f"ab.{self.name}: only num_samples can be replaced after the estimator is made, "
+                f"got {', '.join(unknown)}. Make another one."
+            )
+        check_count(self.name, "num_samples", changes["num_samples"])
+        return dataclasses.replace(self, **changes)
+
+    # ------------------------------------------------------------------ training
+
+    def fit(
+        self,
+        key: Any,
+        *,
+        num_steps: int | None = None,
+        budget: int | None = None,
+        data: Any = None,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        accumulate: int = 1,
+        ema: float = 0.02,
+        validate_every: int | None = None,
+        patience: int | None = None,
+        checkpoint_dir: Any = None,
+        mesh: Any = None,
+        progress_bar: bool = True,
+    ) -> Any:
+        """Trains the network; returns the fitted estimator, this one is left as it is.
+
+        Args:
+            key: Random key; with the same key and settings the result is the same, bit for bit.
+            num_steps: Optimizer steps, by default 10,000. Each simulates a fresh batch from the
+                model, unless `budget=` or `data=` says otherwise.
+            budget: A number of simulations: they are drawn once, a tenth is held out, and training
+                stops when the held-out loss no longer falls.
+            data: Simulations made elsewhere, a dict of arrays by address with one row per
+                simulation (latents and observed sites; with designs also `"arguments"`, a tuple of
+                arrays). NumPy memory maps may be larger than memory.
+            batch_size: Simulations per step.
+            learning_rate: At the top of the schedule (warm-up, then cosine).
+            weight_decay: Of AdamW.
+            accumulate: Batches whose gradients are averaged in one step.
+            ema: Horizon of the moving average of the weights, as a fraction of the run.
+            validate_every: Steps between validations; by default a twentieth of the run, with a
+                fixed set of simulations about an epoch.
+            patience: Validations without improvement after which to stop.
+            checkpoint_dir: A folder to write to while training. Calling `fit` again with the same
+                key and settings resumes there, to the same result.
+            mesh: A `jax.sharding.Mesh`; the batch is split along its first axis.
+            progress_bar: Whether to show progress.
+
+        Returns:
+            The fitted estimator. A `KeyboardInterrupt` ends training and returns what there is.
+
+        Raises:
+            Degenerate: The loss or a simulation was not finite; the message names the site.
+            InvalidValue: `data=` or a checkpoint does not fit.
+        """
+        key = typed_key(key, f"ab.{self.name}.fit")
+        if self.model is None:
+            raise NotFitted(
+                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
+                f"Make a new one with ab.{self.name}(model, ...)."
+            )
+        if budget is not None and data is not None:
+            raise InvalidAlgorithm(f"ab.{self.name}.fit: budget= and data= exclude each other.")
+        k_rows, k_scales, k_network, k_train = jax.random.split(key, 4)
+        rows: Rows | None = None
+        held: Rows | None = None
+        fixed = budget is not None or data is not None
+        if fixed:
+            if data is None:
+                check_count(f"{self.name}.fit", "budget", budget, 20)
+                arrays = self.simulate(k_rows, int(budget))  # type: ignore[arg-type]
+            else:
+                arrays = self._check_rows(data)
+            rows, held = split_rows(arrays, 0.1, 0, batch_size, accumulate)
+            epoch = rows.steps_per_epoch
+            num_steps = num_steps or max(4000, min(20_000, 60 * epoch))
+            validate_every = validate_every or max(100, epoch)
+            patience = patience or 20
+        num_steps = num_steps or 10_000
+        recipe = Recipe(
+            num_steps=num_steps, batch_size=rows.batch_size if rows else batch_size,
+            learning_rate=learning_rate, weight_decay=weight_decay, accumulate=accumulate, ema=ema,
+            validate_every=validate_every, patience=patience, keep_best=fixed,
+        )  # fmt: skip
+        task = PosteriorTask(self.layout, self.settings)
+        sample = self._examples(task, k_scales, rows)
+        scales, shapes = self._scales(sample)
+        network = self._new_network(k_network, shapes)
+        out = train(
+            task, network, k_train, {"simulation": self.simulation, "scales": scales}, recipe,
+            rows=rows, held_out=held, checkpoint_dir=checkpoint_dir, mesh=mesh,
+            progress_bar=progress_bar, name=self.name,
+        )  # fmt: skip
+        fitted = dataclasses.replace(
+            self, scales=scales, network=out.network, history=out.history,
+            probes=make_probes(self.layout, self.simulation, k_scales),
+        )
+        return dataclasses.replace(fitted, novelty=measure(fitted, sample))
+
+    def simulate(self, key: Any, num: int, batch_size: int = 4096) -> dict[str, np.ndarray]:
+        """Simulations as `fit(data=...)` takes them, one row each.
+
+        Args:
+            key: Random key.
+            num: How many.
+            batch_size: How many in one compiled call.
+        """
+        key = typed_key(key, f"ab.{self.name}.simulate")
+        parts = []
+        for i in range(0, num, batch_size):
+            size = min(batch_size, num)
+            out = _simulate_rows(self.layout, size, self.simulation, jax.random.fold_in(key, i))
+            parts.append({a: np.asarray(x)[: num - i] for a, x in out.items()})
+        return {a: np.concatenate([p[a] for p in parts]) for a in parts[0]}
+
+    def _check_rows(self, data: Any) -> dict[str, Any]:
+        layout = self.layout
+        if not hasattr(data, "items"):
+            raise InvalidValue(
+                f"ab.{self.name}.fit: data= takes a dict of arrays by address, got "
+                f"{type(data).__name__}."
+            )
+        arrays = dict(data)
+        if "arguments" in arrays:
+            leaves = jax.tree.leaves(arrays.pop("arguments"))
+            arrays |= {f"arguments/{i}": x for i, x in enumerate(leaves)}
+        shapes = layout.addresses
+        shapes |= dict(layout.shapes)
+        if layout.designs:
+            shapes |= {f"arguments/{i}": s for i, s in enumerate(layout.arguments)}
+        for a, shape in shapes.items():
+            if a not in arrays:
+                raise InvalidValue(
+                    f"ab.{self.name}.fit: data= has no {a!r}; it needs {', '.join(shapes)}."
+                )
+            got = tuple(np.shape(arrays[a]))[1:]
+            if got != tuple(shape):
+                raise InvalidValue(
+                    f"ab.{self.name}.fit: data[{a!r}] has rows of shape {got}; site {a!r} of "
+                    f"`{layout.model_name}` has shape {tuple(shape)}."
+                )
+        extra = sorted(a for a in arrays if a not in shapes and not a.startswith("arguments/"))
+        if extra:
+            raise InvalidValue(f"ab.{self.name}.fit: data= has {extra}, which are no sites.")
+        return {a: arrays[a] for a in arrays if a in shapes}
+
+    def _examples(self, task: PosteriorTask, key: Any, rows: Rows | None) -> Any:
+        data = {"simulation": self.simulation, "scales": None}
+        if rows is None:
+            sample = _simulate_task(task, _SCALE_DRAWS, key, data)
+        else:
+            batch = next(rows.in_order(_SCALE_DRAWS))
+            sample = _read_task(task, batch, data)
+        for a, x in sample["observed"].items():
+            if not np.isfinite(np.asarray(x, np.float64)).any():
+                raise Degenerate(f"ab.{self.name}.fit: no simulated value of {a!r} is finite.")
+        bad = ~np.isfinite(np.asarray(sample["u"]))
+        if bad.any():
+            raise Degenerate(f"ab.{self.name}.fit: {task.explain(sample)}")
+        return sample
+
+    def _scales(self, sample: Any) -> tuple[Any, list[tuple[int, ...]]]:
+        raw = _raw_features(self.layout, sample)
+        shapes = [tuple(x.shape[1:]) for x in raw]
+        u = np.asarray(sample["u"], np.float64)
+        centre, spread = np.zeros(0), np.zeros(0)
+        if u.shape[1]:
+            low, centre, high = np.quantile(u, [0.16, 0.5, 0.84], axis=0)
+            spread = (high - low) / 2
+            spread = np.where(spread > 0, spread, np.maximum(u.std(0), 1e-6))
+        dtype = jnp.result_type(float)
+        scales = {
+            "u": (jnp.asarray(centre, dtype), jnp.asarray(spread, dtype)),
+            "features": feature_scales(self.layout, raw),
+        }
+        return scales, shapes
+
+    def _new_network(self, key: Any, shapes: Any) -> Any:
+        def make(key):
+            return PosteriorNetwork(key, self.layout, self.settings, shapes)
+
+        if self.settings.num_networks == 1:
+            return make(key)
+        return stacked([make(k) for k in jax.random.split(key, self.settings.num_networks)])
+
+    # ------------------------------------------------------------------ use
+
+    def __call__(self, m: Model) -> Model:
+        """Attaches the estimator to a model, after comparing it with the one of training.
+
+        Raises:
+            NotFitted: Before `fit`.
+            InvalidAlgorithm: `m` is no model.
+        """
+        require_fitted(self)
+        return Algorithm.__call__(self, m)
+
+    def as_model(self, model: Any = None) -> Model:
+        """The posterior as a Model `q(given, *args)` of the latents, for use as a proposal.
+
+        Args:
+            model: The model; needed for an estimator that was loaded from disk.
+        """
+        require_fitted(self)
+        model = self.model if model is None else model
+        if model is None:
+            raise NotFitted(
+                f"ab.{self.name}: an estimator loaded from disk does not know its model. Write "
+                f"est.as_model(model)."
+            )
+        if self.layout.conditional:
+            raise InvalidModel(
+                f"ab.{self.name}: `{model.name}` has latents in a branch; where they are not "
+                f"active the estimator fills in stand-ins, so its density is no density of the "
+                f"latents alone. Use est(model).posterior(...), and correct with ab.smc or ab.mh."
+            )
+        return AmortizedModel(self, model.with_algorithm(None))
+
+    def run(self, problem: Problem, key: Any) -> Posterior:
+        example = read_example(self, problem)
+        law, operands = self._law(problem, example)
+        if problem.is_traced or isinstance(key, jax.core.Tracer):
+            vectors, log_q = _draw(law, self.num_samples, operands, key)
+            values, active = jax.vmap(lambda v: law.by_address(v, operands))(vectors)
+            return self._posterior(problem, values, active, log_q, [])
+        messages = verify(self, problem)
+        vectors, log_q = _draw(law, self.num_samples, operands, key)
+        if self.novelty is not None:
+            messages += self.novelty.messages(self, example)
+        sites = problem.program.sites
+        simple = not self.layout.discrete and not self.layout.conditional
+        if simple and all(sites[s.address].site.coords is None for s in self.layout.latents):
+            from abduce.amortized.layout import continuous_target
+
+            target, held = continuous_target(
+                self.layout, problem.program, problem.arguments, example["observed"]
+            )
+            values, active = constrain(target, held, problem.program, np.asarray(vectors))
+        else:
+            values, active = _by_address(law, vectors, operands)
+        return self._posterior(problem, values, active, log_q, messages)
+
+    def _law(self, problem: Problem, example: Any) -> tuple[AmortizedLaw, Any]:
+        arrays, static = eqx.partition(self.network, eqx.is_array)
+        law = AmortizedLaw(self.layout, self.settings, problem.arguments.static, Fixed(static))
+        return law, (arrays, self.scales, example, list(problem.arguments.dynamic))
+
+    def _posterior(self, problem, values, active, log_q, messages) -> Posterior:
+        xp = jnp if isinstance(log_q, jax.core.Tracer) else np
+        return make_posterior(
+            problem, {a: xp.asarray(x)[None] for a, x in values.items()}, algorithm=self.name,
+            diagnostics={"log_density": xp.asarray(log_q)[None]}, messages=messages,
+            active={a: xp.asarray(x)[None] for a, x in active.items()},
+        )  # fmt: skip
+
+    def log_density(self, choices: dict[str, Any], *args: Any, given: Any, **kwargs: Any) -> Any:
+        """Log density of latents under the learned posterior, in nats; works under `jax.vmap`.
+
+        Args:
+            choices: Every latent, in the shapes that `simulate` gives.
+            *args, **kwargs: The model's arguments.
+            given: The observed values.
+        """
+        model = self.as_model()
+        return model.log_density(choices, given, *args, **kwargs)
+
+    def check(
+        self,
+        key: Any,
+        *args: Any,
+        given: Any = None,
+        num_datasets: int = 400,
+        num_samples: int = 100,
+        budget: float | None = 60.0,
+        alpha: float = 0.01,
+        **kwargs: Any,
+    ) -> Any:
+        """Calibration checks on fresh simulations: ranks, coverage, TARP; with data, the data.
+
+        Args:
+            key: Random key.
+            *args, **kwargs: The model's arguments; by default those of training.
+            given: An observation: adds the checks of misspecification and of the posterior
+                predictive. Not where the arguments are drawn by designs.
+            num_datasets: Simulated data sets, at most.
+            num_samples: Draws of each posterior.
+            budget: Seconds; None: no limit.
+            alpha: False-alarm rate over all checks.
+
+        Returns:
+            A report that prints; `.passed` says whether all checks passed. `est.save(path,
+            checks=report)` keeps it with the estimator.
+        """
+        from abduce.amortized.checks import run_all
+
+        require_fitted(self)
+        if self.model is None:
+            raise NotFitted(
+                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
+                f"Write est.with_model(model, *args).check(key)."
+            )
+        designs = None
+        if not args and not kwargs:
+            if self.simulation["designs"] is not None:
+                designs = self.simulation["designs"].unpack()[0]
+            else:
+                _, args, kwargs = self.simulation["arguments"].unpack()
+        return run_all(
+            self.model, self, key, *args, observed=self.observed, given=given, designs=designs,
+            num_datasets=num_datasets, num_samples=num_samples, budget=budget, alpha=alpha,
+            **kwargs,
+        )  # fmt: skip
+
+    def with_model(self, model: Model, *args: Any, designs: Model | None = None, **kwargs: Any):
+        """A loaded estimator with its model again, for `check` and `as_model`.
+
+        Args:
+            model: The model of training; compared with it.
+            *args, **kwargs: Its arguments.
+            designs: Or the Model that draws them.
+
+        Raises:
+            InvalidModel: It is another model.
+        """
+        from abduce.amortized.layout import as_arguments
+
+        require_fitted(self)
+        drawn = None
+        if designs is not None:
+            _, drawn = designs._stage((), {})
+            args, kwargs = as_arguments(designs.simulate(jax.random.key(0)).retval)
+        problem = make_problem(model, args, None, kwargs, None)
+        check_sites(self.name, self.layout, problem)
+        verify(self, problem)
+        simulation = {"arguments": problem.arguments, "designs": drawn}
+        return dataclasses.replace(self, model=problem.model, simulation=simulation)
+
+    def save(self, path: Any, *, checks: Any = None) -> Any:
+        """Writes the estimator as a folder, without the model; `ab.load` reads it.
+
+        Args:
+            path: The folder.
+            checks: What `check` returned, to be kept with it.
+        """
+        from abduce.amortized.saving import save_estimator
+
+        require_fitted(self)
+        report = self.report if checks is None else checks.as_dict()
+        return save_estimator(self, path, report)
+
+    def __repr__(self) -> str:
+        state = "not fitted" if self.network is None else "fitted"
+        return f"<ab.{self.kind} of {self.layout.model_name}, {state}>"
+
+
+def _rows_of(layout: Layout, num: int, simulation: Any, key: Any) -> dict[str, Any]:
+    def one(key):
+        from abduce.amortized.layout import design
+
+        k1, k2 = jax.random.split(key)
+        arguments = simulation["arguments"]
+        if simulation["designs"] is not None:
+            arguments = design(arguments, simulation["designs"], k1)
+        with outside_scopes():
+            program = stage_packed(arguments)
+            replay = Replay(record=frozenset({"value"}), score=False)
+            records = run_program(replay, program, arguments, k2, {})["records"]
+        row = {a: records[a]["value"] for a in (*layout.addresses, *layout.observed)}
+        if layout.designs:
+            row |= {f"arguments/{i}": x for i, x in enumerate(arguments.dynamic)}
+        return row
+
+    return jax.vmap(one)(jax.random.split(key, num))
+
+
+def _features_of(layout: Layout, sample: Any) -> Any:
+    return jax.vmap(lambda x: raw_features(layout, x, x["missing"]))(sample)
+
+
+_raw_features = jax.jit(_features_of, static_argnums=0)
+_simulate_rows = jax.jit(_rows_of, static_argnums=(0, 1))
+_simulate_task = jax.jit(
+    lambda task, num, key, data: task.simulate(key, num, data), static_argnums=(0, 1)
+)
+_read_task = jax.jit(lambda task, rows, data: task.read(rows, data), static_argnums=0)
+
+
+def _draw_now(law: AmortizedLaw, num: int, operands: Any, key: Any) -> Any:
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num, dtype=jnp.uint32))
+    return jax.vmap(lambda k: law.draw_with_density(k, operands))(keys)
+
+
+_draw = jax.jit(_draw_now, static_argnums=(0, 1))
+
+
+def _by_address_now(law: AmortizedLaw, vectors: Any, operands: Any) -> Any:
+    return jax.vmap(lambda v: law.by_address(v, operands))(vectors)
+
+
+_by_address = jax.jit(_by_address_now, static_argnums=0)

@@ -1,0 +1,228 @@
+"""Small networks that estimators are put together from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abduce.inference.vi.flows.networks import zeros
+
+__all__ = ["Convolutions", "DeepSet", "Linear", "Pixels", "Residual", "cast", "stacked", "uniform"]
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point arrays in another precision; what is None stays."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
+def stacked(modules: Any) -> Any:
+    """Modules of one structure as one, with a leading axis on every array."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs) if eqx.is_array(xs[0]) else xs[0], *modules)
+
+
+def uniform(key: Any, shape: tuple[int, ...], bound: float) -> jax.Array:
+    """Numbers between `-bound` and `bound`.
+
+    From a known key they are drawn on the host: a network has dozens of matrices, and a program
+    for each would take longer to compile than short networks take to train.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint64).tolist())
+    return jnp.asarray(rng.uniform(-bound, bound, shape), jnp.result_type(float))
+
+
+class Linear(eqx.Module):
+    """`W x + b`; weights uniform with variance `gain^2 / in_dim`.
+
+    Args:
+        key: Typed PRNG key.
+        in_dim, out_dim: Lengths of the input and of the output.
+        gain: 0 starts at zero.
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, key: Any, in_dim: int, out_dim: int, gain: float = 1.0):
+        bound = gain * math.sqrt(3 / max(in_dim, 1))
+        self.weight = uniform(key, (out_dim, in_dim), bound)
+        self.bias = zeros(out_dim)
+
+    def __call__(self, x: Any) -> Any:
+        """Acts on the last axis of an array of any shape."""
+        return x @ self.weight.T + self.bias
+
+
+class Residual(eqx.Module):
+    """A linear map, residual blocks `x + V silu(W silu(x))`, and a linear map.
+
+    He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual Networks", ECCV 2016. The second
+    map of a block starts at zero.
+
+    Args:
+        key: Typed PRNG key.
+        in_dim, out_dim: Lengths of the input and of the output.
+        width: Of the hidden layers.
+        depth: Number of blocks.
+        gain: Of the last map; 0 starts at zero.
+    """
+
+    first: Linear
+    blocks: tuple[tuple[Linear, Linear], ...]
+    last: Linear
+
+    def __init__(
+        self, key: Any, in_dim: int, out_dim: int, width: int, depth: int, gain: float = 1.0
+    ):
+        keys = jax.random.split(key, 2 * depth + 2)
+        self.first = Linear(keys[0], in_dim, width)
+        self.blocks = tuple(
+            (Linear(keys[2 * i + 1], width, width), Linear(keys[2 * i + 2], width, width, 0.0))
+            for i in range(depth)
+        )
+        self.last = Linear(keys[-1], width, out_dim, gain)
+
+    def __call__(self, x: Any) -> Any:
+        """Shape `(..., out_dim)` for an input of shape `(..., in_dim)`."""
+        x = self.first(x)
+        for a, b in self.blocks:
+            x = x + b(jax.nn.silu(a(jax.nn.silu(x))))
+        return self.last(jax.nn.silu(x))
+
+
+class DeepSet(eqx.Module):
+    """A function of a set: elements through a network, pooled, with the logarithm of their number.
+
+    Zaheer, Kottur, Ravanbakhsh, Poczos, Salakhutdinov and Smola, "Deep Sets", NeurIPS 2017. Half
+    of the pooled features are means, half are maxima, so that both averages and extremes (the
+    sufficient statistics of many families) are within reach.
+
+    Args:
+        key: Typed PRNG key.
+        in_dim: Features of an element.
+        out_dim: Features of the set.
+        width, depth: Of both networks.
+    """
+
+    inner: Residual
+    outer: Residual
+
+    def __init__(self, key: Any, in_dim: int, out_dim: int, width: int, depth: int):
+        k1, k2 = jax.random.split(key)
+        # Elements are many: their network has one hidden layer unless more depth is asked for.
+        self.inner = Residual(k1, in_dim, width, width, max(0, depth - 2))
+        self.outer = Residual(k2, width + 2, out_dim, width, depth)
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        """Shape `(out_dim,)`.
+
+        Args:
+            x: Shape `(n, in_dim)`.
+            mask: Which elements there are, bool, shape `(n,)`.
+        """
+        h = self.inner(x)
+        half = h.shape[-1] // 2
+        on = mask[:, None]
+        n = jnp.sum(mask).astype(h.dtype)
+        mean = jnp.sum(jnp.where(on, h[:, :half], 0.0), 0) / jnp.maximum(n, 1.0)
+        top = jnp.max(jnp.where(on, h[:, half:], -10.0), 0, initial=-10.0)
+        size = jnp.stack([jnp.log1p(n) / 2, 1 / (1 + n)]).astype(h.dtype)
+        return self.outer(jnp.concatenate([mean, top, size]))
+
+
+class Convolutions(eqx.Module):
+    """A function of a sequence: convolutions that halve its length, and pooling at the end.
+
+    Steps come with their position, so that what changes over time is seen.
+
+    Args:
+        key: Typed PRNG key.
+        in_dim: Features of a step.
+        out_dim: Features of the sequence.
+        width: Channels.
+        length: Of the sequences in training; sets how often the length is halved.
+    """
+
+    first: Linear
+    kernels: tuple[jax.Array, ...]  # (3 steps, in, out)
+    biases: tuple[jax.Array, ...]
+    outer: Residual
+
+    def __init__(self, key: Any, in_dim: int, out_dim: int, width: int, length: int):
+        levels = max(1, min(6, int(math.log2(max(length, 2))) - 2))
+        keys = jax.random.split(key, levels + 2)
+        self.first = Linear(keys[0], in_dim + 2, width)
+        bound = math.sqrt(2 / (3 * width))
+        self.kernels = tuple(
+            uniform(k, (3, width, width), math.sqrt(3) * bound) for k in keys[1 : levels + 1]
+        )
+        self.biases = tuple(zeros(width) for _ in range(levels))
+        self.outer = Residual(keys[-1], 4 * width, out_dim, width, 1)
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        """Shape `(out_dim,)`, for `x` of shape `(n, in_dim)` and a mask of shape `(n,)`."""
+        n = x.shape[0]
+        t = jnp.linspace(-1.0, 1.0, n, dtype=x.dtype)
+        h = self.first(jnp.concatenate([x, t[:, None], mask[:, None].astype(x.dtype)], -1))
+        for kernel, bias in zip(self.kernels, self.biases, strict=True):
+            y = jax.lax.conv_general_dilated(
+                jax.nn.silu(h)[None], kernel, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )[0]
+            h = y + bias + h[::2]
+        h = jax.nn.silu(h)
+        pooled = jnp.concatenate([jnp.mean(h, 0), jnp.max(h, 0), h[0], h[-1]])
+        return self.outer(pooled)
+
+
+class Pixels(eqx.Module):
+    """A function of an image: convolutions that halve height and width, and pooling at the end.
+
+    Args:
+        key: Typed PRNG key.
+        shape: Height, width and channels.
+        out_dim: Features of the image.
+        width: Channels of the convolutions.
+    """
+
+    kernels: tuple[jax.Array, ...]
+    biases: tuple[jax.Array, ...]
+    outer: Residual
+
+    def __init__(self, key: Any, shape: tuple[int, int, int], out_dim: int, width: int):
+        h, w, c = shape
+        levels = max(1, int(math.log2(min(h, w))) - 2)
+        keys = jax.random.split(key, levels + 1)
+        channels = [c + 2] + [width] * levels
+        self.kernels = tuple(
+            uniform(k, (3, 3, a, b), math.sqrt(6 / (9 * a)))
+            for k, a, b in zip(keys, channels[:-1], channels[1:], strict=False)
+        )
+        self.biases = tuple(zeros(width) for _ in range(levels))
+        for _ in range(levels):
+            h, w = -(-h // 2), -(-w // 2)
+        self.outer = Residual(keys[-1], h * w * width, out_dim, width, 1)
+
+    def __call__(self, x: Any) -> Any:
+        """Shape `(out_dim,)`, for `x` of shape `(height, width, channels)`."""
+        h, w, _ = x.shape
+        rows = jnp.broadcast_to(jnp.linspace(-1, 1, h, dtype=x.dtype)[:, None, None], (h, w, 1))
+        columns = jnp.broadcast_to(jnp.linspace(-1, 1, w, dtype=x.dtype)[None, :, None], (h, w, 1))
+        y = jnp.concatenate([x, rows, columns], -1)[None]
+        for kernel, bias in zip(self.kernels, self.biases, strict=True):
+            y = jax.nn.silu(
+                jax.lax.conv_general_dilated(
+                    y, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+                + bias
+            )
+        return self.outer(y.reshape(-1))
