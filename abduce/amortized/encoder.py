@@ -15,6 +15,8 @@ from abduce.amortized.networks import Convolutions, DeepSet, Pixels, Residual, c
 
 __all__ = ["Encoder", "feature_scales", "features", "raw_features"]
 
+_FAR = 4.0  # spreads up to which features are linear; beyond, logarithmic
+
 
 def raw_features(layout: Layout, example: Any, missing: Any) -> list[jax.Array]:
     """Per group: `(n, features)`, `(features,)` or `(height, width, channels)`, not standardized.
@@ -97,7 +99,8 @@ def features(scales: Any, raw: list[Any]) -> list[jax.Array]:
     out = []
     for (centre, spread), x in zip(scales, raw, strict=True):
         z = (x - centre) / spread
-        out.append(3 * jnp.arcsinh(z / 3))
+        far = jnp.maximum(jnp.abs(z), _FAR)
+        out.append(jnp.where(far > _FAR, jnp.sign(z) * _FAR * (1 + jnp.log(far / _FAR)), z))
     return out
 
 
@@ -111,6 +114,8 @@ class Encoder(eqx.Module):
         shapes: Shape of each group's features.
         out_dim: Length of the context.
         width, depth: Of the networks.
+        precision: None or 'bfloat16'.
+        extra: Length of a further vector.
     """
 
     parts: tuple[Any, ...]
@@ -127,10 +132,11 @@ class Encoder(eqx.Module):
         width: int,
         depth: int,
         precision: str | None = None,
+        extra: int = 0,
     ):
         keys = jax.random.split(key, len(layout.groups) + 1)
         parts: list[Any] = []
-        total = 0
+        total = extra
         for k, group, shape in zip(keys, layout.groups, shapes, strict=False):
             if group.kind == "set":
                 parts.append(DeepSet(k, shape[-1], width, width, depth))
@@ -149,16 +155,20 @@ class Encoder(eqx.Module):
         self.kinds = tuple(g.kind for g in layout.groups)
         self.precision = precision
 
-    def __call__(self, groups: list[Any], mask: Any) -> jax.Array:
+    def __call__(self, groups: list[Any], mask: Any, extra: Any = None) -> jax.Array:
         """The context, shape `(out_dim,)`.
 
         Args:
             groups: Standardized features of each group.
             mask: Which elements of the sets there are, shape `(n,)`; None: all.
+            extra: The further vector, or None.
         """
+        groups = [*groups, *([] if extra is None else [extra])]
         me, groups = cast((self, groups), self.precision)
         out = []
-        for kind, part, x in zip(self.kinds, me.parts, groups, strict=True):
+        kinds = (*self.kinds, *([] if extra is None else ["vector"]))
+        parts = (*me.parts, *([] if extra is None else [None]))
+        for kind, part, x in zip(kinds, parts, groups, strict=True):
             if kind in ("set", "sequence"):
                 there = jnp.ones(x.shape[0], bool)
                 if kind == "set" and mask is not None:

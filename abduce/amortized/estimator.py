@@ -15,7 +15,7 @@ from abduce.amortized.layout import Layout
 from abduce.amortized.networks import stacked
 from abduce.amortized.novelty import Novelty, measure
 from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, Fixed
-from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings
+from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings, fits
 from abduce.amortized.probes import Probes, make_probes, verify
 from abduce.amortized.reading import check_sites, read_example, require_fitted
 from abduce.amortized.rows import Rows, split_rows
@@ -33,6 +33,8 @@ from abduce.ppl.replay import Replay
 __all__ = ["PosteriorEstimator"]
 
 _SCALE_DRAWS = 2048
+_CANDIDATES = 7  # where the model's density is used by default
+_FEW = 8  # coordinates up to which it is: draws of an autoregressive flow take a pass for each
 
 
 class PosteriorEstimator(eqx.Module, Algorithm):
@@ -163,20 +165,35 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             learning_rate=learning_rate, weight_decay=weight_decay, accumulate=accumulate, ema=ema,
             validate_every=validate_every, patience=patience, keep_best=fixed,
         )  # fmt: skip
-        task = PosteriorTask(self.layout, self.settings)
+        few = 0 < self.layout.dim <= _FEW and not fixed and self._has_density()
+        settings = self.settings
+        if settings.num_candidates is None:
+            settings = dataclasses.replace(settings, num_candidates=_CANDIDATES if few else 0)
+        task = PosteriorTask(self.layout, dataclasses.replace(settings, frame=False))
         sample = self._examples(task, k_scales, rows)
         scales, shapes = self._scales(sample)
-        network = self._new_network(k_network, shapes)
+        if settings.frame is None:
+            plain = not self.layout.discrete and not self.layout.conditional
+            wanted = few and plain and fits(task, sample, scales, self.simulation)
+            settings = dataclasses.replace(settings, frame=bool(wanted))
+        task = PosteriorTask(self.layout, settings)
+        me = dataclasses.replace(self, settings=settings)
+        network = me._new_network(k_network, shapes)
         out = train(
             task, network, k_train, {"simulation": self.simulation, "scales": scales}, recipe,
             rows=rows, held_out=held, checkpoint_dir=checkpoint_dir, mesh=mesh,
             progress_bar=progress_bar, name=self.name,
         )  # fmt: skip
         fitted = dataclasses.replace(
-            self, scales=scales, network=out.network, history=out.history,
+            self, settings=settings, scales=scales, network=out.network, history=out.history,
             probes=make_probes(self.layout, self.simulation, k_scales),
         )
         return dataclasses.replace(fitted, novelty=measure(fitted, sample))
+
+    def _has_density(self) -> bool:
+        with outside_scopes():
+            sites = stage_packed(self.simulation["arguments"]).sites
+        return all(s.has_density for s in sites.values() if s.kind == "sample")
 
     def simulate(self, key: Any, num: int, batch_size: int = 4096) -> dict[str, np.ndarray]:
         """Simulations as `fit(data=...)` takes them, one row each.
@@ -307,7 +324,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         messages = verify(self, problem)
         vectors, log_q = _draw(law, self.num_samples, operands, key)
         if self.novelty is not None:
-            messages += self.novelty.messages(self, example)
+            messages += self.novelty.messages(self, example, problem.arguments)
         sites = problem.program.sites
         simple = not self.layout.discrete and not self.layout.conditional
         if simple and all(sites[s.address].site.coords is None for s in self.layout.latents):

@@ -14,6 +14,8 @@ from abduce.inference.vi.flows.networks import zeros
 
 __all__ = ["Convolutions", "DeepSet", "Linear", "Pixels", "Residual", "cast", "stacked", "uniform"]
 
+_FEW = 12  # features up to which their products are pooled
+
 
 def cast(tree: Any, dtype: Any) -> Any:
     """Floating-point arrays in another precision; what is None stays."""
@@ -105,7 +107,9 @@ class DeepSet(eqx.Module):
 
     Zaheer, Kottur, Ravanbakhsh, Poczos, Salakhutdinov and Smola, "Deep Sets", NeurIPS 2017. Half
     of the pooled features are means, half are maxima, so that both averages and extremes (the
-    sufficient statistics of many families) are within reach.
+    sufficient statistics of many families) are within reach. The means of products of two features
+    are given as well, where there are few: they are the sufficient statistics of linear models,
+    and products are what such networks learn worst.
 
     Args:
         key: Typed PRNG key.
@@ -121,7 +125,8 @@ class DeepSet(eqx.Module):
         k1, k2 = jax.random.split(key)
         # Elements are many: their network has one hidden layer unless more depth is asked for.
         self.inner = Residual(k1, in_dim, width, width, max(0, depth - 2))
-        self.outer = Residual(k2, width + 2, out_dim, width, depth)
+        products = in_dim * (in_dim + 1) // 2 if in_dim <= _FEW else 0
+        self.outer = Residual(k2, width + 2 + products, out_dim, width, depth)
 
     def __call__(self, x: Any, mask: Any) -> Any:
         """Shape `(out_dim,)`.
@@ -137,7 +142,12 @@ class DeepSet(eqx.Module):
         mean = jnp.sum(jnp.where(on, h[:, :half], 0.0), 0) / jnp.maximum(n, 1.0)
         top = jnp.max(jnp.where(on, h[:, half:], -10.0), 0, initial=-10.0)
         size = jnp.stack([jnp.log1p(n) / 2, 1 / (1 + n)]).astype(h.dtype)
-        return self.outer(jnp.concatenate([mean, top, size]))
+        parts = [mean, top, size]
+        if x.shape[-1] <= _FEW:
+            there = jnp.where(on, x, 0.0)
+            rows, columns = np.triu_indices(x.shape[-1])
+            parts.append((there.T @ there)[rows, columns] / jnp.maximum(n, 1.0))
+        return self.outer(jnp.concatenate(parts))
 
 
 class Convolutions(eqx.Module):

@@ -35,9 +35,9 @@ class Novelty(eqx.Module):
     embedding_scale: Any
     embedding_farthest: Any
 
-    def messages(self, est: Any, example: Any) -> list[str]:
+    def messages(self, est: Any, example: Any, arguments: Any) -> list[str]:
         """A warning where the data are farther out than any simulation."""
-        summary, context = _look(est, example)
+        summary, context = _look(est, example, arguments)
         z = np.abs((np.asarray(summary) - self.centre) / self.spread)
         distance = np.linalg.norm(
             np.asarray(self.embedding_scale) @ (np.asarray(context) - self.embedding_centre)
@@ -78,15 +78,17 @@ def _summaries(layout: Any, scales: Any, example: Any) -> Any:
     return jnp.concatenate(parts)
 
 
-def _look_now(layout, settings, static, arrays, scales, example, many):
-    from abduce.amortized.posterior_network import encode
+def _look_now(layout, settings, static, arrays, scales, example, many, arguments):
+    from abduce.amortized.posterior_network import encode, find_frame
 
     network = eqx.combine(arrays, static.value)
     if settings.num_networks > 1:
         network = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, network)
 
     def one(example):
-        return _summaries(layout, scales, example), encode(layout, network, scales, example)
+        frame = find_frame(layout, settings, {**example, "discrete": {}}, scales, arguments)
+        context = encode(layout, network, scales, example, frame)
+        return _summaries(layout, scales, example), context
 
     return jax.vmap(one)(example) if many else one(example)
 
@@ -94,12 +96,12 @@ def _look_now(layout, settings, static, arrays, scales, example, many):
 _look_compiled = jax.jit(_look_now, static_argnums=(0, 1, 2, 6))
 
 
-def _look(est: Any, example: Any, many: bool = False) -> Any:
+def _look(est: Any, example: Any, arguments: Any, many: bool = False) -> Any:
     from abduce.amortized.posterior_model import Fixed
 
     arrays, static = eqx.partition(est.network, eqx.is_array)
     return _look_compiled(
-        est.layout, est.settings, Fixed(static), arrays, est.scales, example, many
+        est.layout, est.settings, Fixed(static), arrays, est.scales, example, many, arguments
     )
 
 
@@ -107,7 +109,7 @@ def measure(est: Any, sample: Any) -> Novelty:
     """From training examples with a leading axis."""
     keep = ("observed", "arguments", "mask", "missing")
     examples = {k: sample[k] for k in keep}
-    summaries, contexts = _look(est, examples, many=True)
+    summaries, contexts = _look(est, examples, est.simulation["arguments"], many=True)
     s, c = np.asarray(summaries, np.float64), np.asarray(contexts, np.float64)
     low, centre, high = np.nanquantile(s, [0.16, 0.5, 0.84], axis=0)
     spread = np.where(high > low, (high - low) / 2, np.maximum(np.nanstd(s, axis=0), 1e-6))

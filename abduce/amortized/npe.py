@@ -25,7 +25,8 @@ def npe(
     sizes: Any = None,
     missing: Mapping[str, float] | None = None,
     head: str = "spline",
-    num_candidates: int = 0,
+    num_candidates: int | None = None,
+    frame: bool | None = None,
     num_networks: int = 1,
     width: int = 64,
     depth: int = 2,
@@ -62,7 +63,11 @@ def npe(
         head: Law of the continuous latents: 'spline' (autoregressive spline flow), 'coupling'
             (faster draws, coarser) or 'mixture' (of normals).
         num_candidates: Draws of the estimate that join the true latents in the loss, weighted by
-            the model's density: less noise, where the model has a density (see the docs).
+            the model's density: less noise, where the model has one (see the docs). None: 7 where
+            there is a density, at most 8 continuous coordinates and simulations are fresh, else 0.
+        frame: Whether the head works in the coordinates of Laplace's approximation, which a few
+            Newton steps on the model's density give for any data. None: where `num_candidates`
+            would be positive by default and the approximation covers prior draws.
         num_networks: Networks whose equal mixture is used.
         width, depth, context_dim: Of the networks.
         num_layers, num_bins: Of the flow.
@@ -86,12 +91,13 @@ def npe(
             f"ab.npe: head={head!r} is not 'spline', 'coupling' or 'mixture'. For flow matching "
             f"use ab.fmpe, for scores ab.npse."
         )
-    if num_candidates:
-        check_count("npe", "num_candidates", num_candidates)
+    if num_candidates is not None:
+        check_count("npe", "num_candidates", num_candidates, 0)
     settings = {
         "head": head, "width": width, "depth": depth, "context_dim": context_dim,
         "num_layers": num_layers, "num_bins": num_bins, "num_components": num_components,
         "num_candidates": num_candidates, "num_networks": num_networks, "precision": precision,
+        "frame": frame,
     }  # fmt: skip
     return _make(
         "npe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
@@ -168,6 +174,14 @@ def npse(
     )
 
 
+def require_density(arguments: Any, name: str) -> None:
+    """`num_candidates=` and `frame=` use the model's density."""
+    from abduce.ppl import operations
+    from abduce.ppl.program import stage_packed
+
+    operations.require_density(stage_packed(arguments), f"ab.{name}(num_candidates=..., frame=...)")
+
+
 def _make(
     name: str,
     model: Any,
@@ -202,5 +216,7 @@ def _make(
                 f"ab.{name}: missing[{a!r}] is the mean fraction of missing entries, above 0 and "
                 f"at most 0.5 (each example has its own, up to twice that); got {rate!r}."
             )
+    if settings.get("num_candidates") or settings.get("frame"):
+        require_density(simulation["arguments"], name)
     made = Settings(**settings, missing=tuple(rates.items()))
     return PosteriorEstimator(name, layout, made, model, simulation, num_samples=num_samples)

@@ -8,8 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from abduce.amortized.frames import to_frame
 from abduce.amortized.layout import Layout, continuous_target
-from abduce.amortized.posterior_network import encode, flat_discrete
+from abduce.amortized.posterior_network import encode, find_frame, flat_discrete
 from abduce.amortized.reading import read_example
 from abduce.inference.problem import make_problem
 from abduce.inference.target import unconstrain_now
@@ -105,26 +106,40 @@ class AmortizedLaw(JointLaw):
         """The vector, and its log density over coordinates and discrete latents."""
         nets = self._network(operands)
         _, scales, example, _ = operands
+        frame = self._frame(operands)
         k1, k2, k3 = jax.random.split(key, 3)
         draws = []
         for net in nets:
             e = jnp.zeros((0,))
             if net.head is not None:
                 e = jax.random.normal(k2, (net.head.noise_dim,))
-            draws.append(net.draw(encode(self.layout, net, scales, example), k1, e))
-        v, discrete, log_q = draws[0]
+            draws.append(net.draw(encode(self.layout, net, scales, example, frame), k1, e))
+        w, discrete, log_q = draws[0]
         if len(nets) > 1:
             i = jax.random.randint(k3, (), 0, len(nets))
-            v, discrete, _ = jax.tree.map(lambda *xs: jnp.stack(xs)[i], *draws)
-            log_q = self._score(nets, scales, example, v, discrete)
+            w, discrete, _ = jax.tree.map(lambda *xs: jnp.stack(xs)[i], *draws)
+            log_q = self._score(nets, scales, example, frame, w, discrete)
         centre, spread = scales["u"]
+        v = w if frame is None else frame[0] + frame[1] @ w
         u = centre + spread * v
-        log_q = log_q - jnp.sum(jnp.log(spread))
-        return jnp.concatenate([u, discrete.astype(u.dtype)]), log_q
+        vector = jnp.concatenate([u, discrete.astype(u.dtype)])
+        return vector, log_q - self._log_volume(scales, frame)
 
-    def _score(self, nets, scales, example, v, discrete):
+    def _frame(self, operands):
+        _, scales, example, dynamic = operands
+        arguments = Arguments(self.static, list(dynamic))
+        example = {**example, "discrete": {}}
+        return find_frame(self.layout, self.settings, example, scales, arguments)
+
+    @staticmethod
+    def _log_volume(scales, frame):
+        total = jnp.sum(jnp.log(scales["u"][1]))
+        return total if frame is None else total + jnp.sum(jnp.log(jnp.diagonal(frame[1])))
+
+    def _score(self, nets, scales, example, frame, w, discrete):
         scores = [
-            net.log_density(encode(self.layout, net, scales, example), v, discrete) for net in nets
+            net.log_density(encode(self.layout, net, scales, example, frame), w, discrete)
+            for net in nets
         ]
         return jax.nn.logsumexp(jnp.stack(scores)) - jnp.log(len(nets))
 
@@ -132,9 +147,12 @@ class AmortizedLaw(JointLaw):
         """Log density over coordinates `u` and discrete latents counted from 0."""
         nets = self._network(operands)
         _, scales, example, _ = operands
+        frame = self._frame(operands)
         centre, spread = scales["u"]
         v = (u - centre) / spread
-        return self._score(nets, scales, example, v, discrete) - jnp.sum(jnp.log(spread))
+        w = v if frame is None else to_frame(frame, v)
+        found = self._score(nets, scales, example, frame, w, discrete)
+        return found - self._log_volume(scales, frame)
 
     def by_address(self, vector: Any, operands: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Values of all latents and deterministics, and where those in branches are active."""

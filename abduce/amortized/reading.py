@@ -60,7 +60,13 @@ def read_example(est: Any, problem: Problem) -> dict[str, Any]:
                     f"trained on complete data. Train it with "
                     f'missing={{"{address}": 0.2}} (the mean fraction that is missing).'
                 )
-        observed[address], missing[address] = jnp.asarray(value), gone
+        value = jnp.asarray(value)
+        if given.mask is not None and est.probes is not None:
+            # Hidden entries may be NaN; a value of the support keeps the density finite there.
+            stand_in = jnp.asarray(est.probes.values[address][0], value.dtype)
+            stand_in = stand_in[: value.shape[0]] if value.ndim else stand_in
+            value = jnp.where(gone, stand_in, value)
+        observed[address], missing[address] = value, gone
     extra = [a for a in problem.given if a not in observed]
     if extra:
         raise InvalidAlgorithm(

@@ -348,6 +348,7 @@ def test_data_after_the_scan(smoothing):
     assert_unbiased(evidences(alg, ended, (4,), {**GIVEN, "z": 1.5}, 1000), truth)
 
 
+@pytest.mark.slow
 def test_a_branch_that_each_particle_takes_for_itself():
     """Both branches have the same address, one has another site besides."""
 

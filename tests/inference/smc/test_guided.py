@@ -173,6 +173,7 @@ def counts():
     jax.lax.scan(step, 0.0, None, length=T)
 
 
+@pytest.mark.slow
 def test_nonlinear_model_is_unbiased_and_better_than_bootstrap(key, x64):
     n = jnp.array([4, 9, 20, 35, 60, 40, 90, 70])
     guide = guided(counts, guiding.linearized("x"))
@@ -205,6 +206,7 @@ def test_nonlinear_model_is_unbiased_and_better_than_bootstrap(key, x64):
     assert blind.diagnostics["ess"][-1] < 0.1 * 256
 
 
+@pytest.mark.slow
 def test_euler_maruyama_with_a_linear_auxiliary(key, x64):
     """With the auxiliary diffusion the weights are fair; with the truth they are even."""
     dt = 0.1
@@ -305,6 +307,7 @@ def branching():
 
 
 @pytest.mark.parametrize("kind", ["linearized", "parents"])
+@pytest.mark.slow
 def test_gaussian_tree(kind, key, x64):
     """Observed at all nodes, for the filter; and at the leaves alone."""
     n = len(PARENTS)
@@ -351,6 +354,7 @@ def colours():
     jax.lax.scan(step, jnp.zeros(n, int), (jnp.arange(n), jnp.array(PARENTS)))
 
 
+@pytest.mark.slow
 def test_discrete_tree(key, x64):
     s = np.array([0, 1, 0, 1, 1, 0])
     guide = guided(colours, guiding.discrete("k", parents=PARENTS))
@@ -386,6 +390,7 @@ def test_tilted_beta_draws(key, x64):
     assert np.all(np.abs(z.mean(0) - mean) < 4.5 * z.std(0) / 50)
 
 
+@pytest.mark.slow
 def test_gamma_increments(key, x64):
     """One rate: even weights, and the evidence of the end; another rate: fair ones."""
 

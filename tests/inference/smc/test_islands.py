@@ -61,6 +61,7 @@ def test_islands_do_not_exchange_particles():
     assert not any(np.intersect1d(islands[i], islands[j]).size for i in range(4) for j in range(i))
 
 
+@pytest.mark.slow
 def test_moments_and_smoothed_sums_are_of_all_islands():
     sums = {"last": lambda given, x, _, new: new}
     alg = ISLANDS.replace(smoothing="paris", functionals=sums, num_particles=4000)

@@ -104,6 +104,7 @@ def transition_errors(runs=2000):
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, runs)))
 
 
+@pytest.mark.slow
 def test_transitions_of_a_chain():
     assert_unbiased(transition_errors())
 
@@ -125,6 +126,7 @@ def test_backward_indices_that_are_always_accepted_are_caught(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_a_long_series_against_the_genealogy():
     """480 steps, 100 particles: the genealogy's standard deviation is three times as large."""
     y = np.tile(Y, 60)
@@ -144,6 +146,7 @@ def test_a_long_series_against_the_genealogy():
     assert (traced.std(0) > 1.5 * sums[:, 1:3].std(0)).all()
 
 
+@pytest.mark.slow
 def test_data_after_the_scan_weigh():
     @ab.model
     def closed(n):
@@ -171,6 +174,7 @@ def _two_steps(y2, var2):
     return gain @ np.array([Y[0], y2]), prior - gain @ seen
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow():
     def temporary(steps):
         alg = ab.smc(num_particles=500, smoothing="paris", functionals=SUMS, store="filter")

@@ -162,6 +162,7 @@ def test_two_scans_in_sequence(settings):
 @pytest.mark.parametrize(
     "settings", [slow({"ancestor_sampling": True}), {"backward_sampling": True, "threshold": 0.7}]
 )
+@pytest.mark.slow
 def test_a_scan_that_runs_backwards(settings):
     @ab.model
     def reverse(n):
@@ -199,6 +200,7 @@ def nested(_):
 @pytest.mark.parametrize(
     "settings", [{"ancestor_sampling": True}, slow({"resampler": "systematic"})]
 )
+@pytest.mark.slow
 def test_a_scan_inside_the_steps(settings):
     law = np.zeros((2,) * 7)
     for bits in np.ndindex(law.shape):
@@ -283,6 +285,7 @@ def test_paths_through_inner_scans_are_not_drawn_backwards():
 # ---------------------------------------------------------------------- hidden data and parameters
 
 
+@pytest.mark.slow
 def test_a_discrete_parameter_and_masked_data():
     """What is hidden has no say in the parameter's move."""
 

@@ -162,6 +162,7 @@ def rich_law(y, seen, w):
     return mean, -0.5 * (values @ np.linalg.solve(s, values) + np.linalg.slogdet(2 * np.pi * s)[1])
 
 
+@pytest.mark.slow
 def test_everything_that_a_step_may_depend_on():
     y, w = np.array([0.5, 1.4, 0.9, 2.0]), np.array([0.0, 0.6, 0.0, 0.4])
     seen = np.array([False, True, False, True])

@@ -222,6 +222,7 @@ SERIES = np.random.default_rng(5).normal(0, 1.1, 20).astype(np.float32)
 
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.filterwarnings("ignore:ab.smc")
+@pytest.mark.slow
 def test_a_filter_goes_on_as_one_long_run(length):
     """80 filters: the mean evidence is that of the Kalman filter, and so are the means."""
     alg = ab.smc(num_particles=64)(local_level)
