@@ -316,7 +316,7 @@ class DistributionTransformer(eqx.Module, Algorithm):
                 before.
             observations: Values by address, with a leading axis of steps.
             *args: Argument arrays, with a leading axis of steps.
-            transition: `ab.LinearGaussian`, exact for each component; a function
+            transition: `ab.amortized.LinearGaussian`, exact for each component; a function
                 `(key, u) -> u` of coordinates, applied to draws to which a mixture is fitted; or
                 None: there is none, or the model has it in it (`prior=["x0"], target=["x1"]`).
             key: Random key, for a transition that is a function.
