@@ -52,7 +52,8 @@ def distribution_transformer(
         target: Addresses to infer. None: those of `prior`. Others make a filter of which the
             transition is a part: `prior=["x0"], target=["x1"]`.
         designs: A Model that draws the arguments, where they vary; then give none.
-        equivariance: A symmetry, such as `ab.amortized.ScaleEquivariance`; it is checked against the density.
+        equivariance: A symmetry, such as `ab.amortized.ScaleEquivariance`; it is checked against
+            the density.
         num_components: Of the prior's fit and of the posterior.
         num_candidates: Draws of the network itself that join the true latents in the loss, weighted
             by the model's density; they take out noise. None: 7 where the density is there and

@@ -100,7 +100,8 @@ def make_plan(
     if equivariance is not None:
         if not isinstance(equivariance, ScaleEquivariance):
             raise InvalidAlgorithm(
-                f"ab.{_NAME}: equivariance= takes an ab.amortized.ScaleEquivariance(observed=, latents=), "
+                f"ab.{_NAME}: equivariance= takes an "
+                f"ab.amortized.ScaleEquivariance(observed=, latents=), "
                 f"got {type(equivariance).__name__}."
             )
         with outside_scopes():

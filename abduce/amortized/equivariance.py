@@ -60,7 +60,8 @@ class ScaleEquivariance:
             object.__setattr__(self, name, tuple(sorted((a, float(p)) for a, p in items)))
         if not self.observed:
             raise InvalidAlgorithm(
-                "ab.amortized.ScaleEquivariance: observed= names the sites that change with the scale, such "
+                "ab.amortized.ScaleEquivariance: observed= names the sites that change with the "
+                "scale, such "
                 'as observed={"z": 1.0}; it is empty.'
             )
 
