@@ -22,12 +22,13 @@ from abduce.amortized.dt_priors import FittedPrior, check_supports, prior_of
 from abduce.amortized.dt_training import TransformerTask
 from abduce.amortized.mixtures import GaussianMixture
 from abduce.amortized.reading import require_fitted
-from abduce.amortized.training import Recipe, Static, train
+from abduce.amortized.training import Recipe, train
 from abduce.errors import InvalidAlgorithm, InvalidValue
 from abduce.inference.algorithm import Algorithm, check_count
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.predict import run_at_draws
 from abduce.inference.problem import Problem, make_problem
+from abduce.inference.static import Static
 from abduce.ppl.model import Model
 from abduce.ppl.operations import outside_scopes, typed_key
 from abduce.ppl.program import stage_packed

@@ -102,7 +102,7 @@ class TransformerTask:
             for k, a in zip(keys, observed, strict=True)
         }
 
-    def read(self, rows: Any, data: Any) -> Any:
+    def read(self, rows: Any, key: Any, data: Any) -> Any:
         """Stored examples are used as they stand."""
         return rows
 

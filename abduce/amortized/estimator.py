@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.encoder import feature_scales, raw_features
-from abduce.amortized.layout import Layout
+from abduce.amortized.layout import Layout, as_arguments, continuous_target, draw_values
 from abduce.amortized.networks import stacked
 from abduce.amortized.novelty import Novelty, measure
-from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, Fixed
+from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, make_law
 from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings, fits
 from abduce.amortized.probes import Probes, make_probes, verify
 from abduce.amortized.reading import check_sites, read_example, require_fitted
@@ -26,9 +26,8 @@ from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, make_problem
 from abduce.inference.target import constrain
 from abduce.ppl.model import Model
-from abduce.ppl.operations import outside_scopes, run_program, typed_key
+from abduce.ppl.operations import outside_scopes, typed_key
 from abduce.ppl.program import stage_packed
-from abduce.ppl.replay import Replay
 
 __all__ = ["PosteriorEstimator"]
 
@@ -248,7 +247,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             sample = _simulate_task(task, _SCALE_DRAWS, key, data)
         else:
             batch = next(rows.in_order(_SCALE_DRAWS))
-            sample = _read_task(task, batch, data)
+            sample = _read_task(task, batch, key, data)
         for a, x in sample["observed"].items():
             if not np.isfinite(np.asarray(x, np.float64)).any():
                 raise Degenerate(f"ab.{self.name}.fit: no simulated value of {a!r} is finite.")
@@ -316,7 +315,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
 
     def run(self, problem: Problem, key: Any) -> Posterior:
         example = read_example(self, problem)
-        law, operands = self._law(problem, example)
+        law, operands = make_law(self, problem, example)
         if problem.is_traced or isinstance(key, jax.core.Tracer):
             vectors, log_q = _draw(law, self.num_samples, operands, key)
             values, active = jax.vmap(lambda v: law.by_address(v, operands))(vectors)
@@ -328,8 +327,6 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         sites = problem.program.sites
         simple = not self.layout.discrete and not self.layout.conditional
         if simple and all(sites[s.address].site.coords is None for s in self.layout.latents):
-            from abduce.amortized.layout import continuous_target
-
             target, held = continuous_target(
                 self.layout, problem.program, problem.arguments, example["observed"]
             )
@@ -337,11 +334,6 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         else:
             values, active = _by_address(law, vectors, operands)
         return self._posterior(problem, values, active, log_q, messages)
-
-    def _law(self, problem: Problem, example: Any) -> tuple[AmortizedLaw, Any]:
-        arrays, static = eqx.partition(self.network, eqx.is_array)
-        law = AmortizedLaw(self.layout, self.settings, problem.arguments.static, Fixed(static))
-        return law, (arrays, self.scales, example, list(problem.arguments.dynamic))
 
     def _posterior(self, problem, values, active, log_q, messages) -> Posterior:
         xp = jnp if isinstance(log_q, jax.core.Tracer) else np
@@ -420,8 +412,6 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         Raises:
             InvalidModel: It is another model.
         """
-        from abduce.amortized.layout import as_arguments
-
         require_fitted(self)
         drawn = None
         if designs is not None:
@@ -453,17 +443,8 @@ class PosteriorEstimator(eqx.Module, Algorithm):
 
 def _rows_of(layout: Layout, num: int, simulation: Any, key: Any) -> dict[str, Any]:
     def one(key):
-        from abduce.amortized.layout import design
-
-        k1, k2 = jax.random.split(key)
-        arguments = simulation["arguments"]
-        if simulation["designs"] is not None:
-            arguments = design(arguments, simulation["designs"], k1)
-        with outside_scopes():
-            program = stage_packed(arguments)
-            replay = Replay(record=frozenset({"value"}), score=False)
-            records = run_program(replay, program, arguments, k2, {})["records"]
-        row = {a: records[a]["value"] for a in (*layout.addresses, *layout.observed)}
+        values, arguments = draw_values(simulation, key)
+        row = {a: values[a] for a in (*layout.addresses, *layout.observed)}
         if layout.designs:
             row |= {f"arguments/{i}": x for i, x in enumerate(arguments.dynamic)}
         return row
@@ -480,7 +461,9 @@ _simulate_rows = jax.jit(_rows_of, static_argnums=(0, 1))
 _simulate_task = jax.jit(
     lambda task, num, key, data: task.simulate(key, num, data), static_argnums=(0, 1)
 )
-_read_task = jax.jit(lambda task, rows, data: task.read(rows, data), static_argnums=0)
+_read_task = jax.jit(
+    lambda task, rows, key, data: task.read(rows, key, data), static_argnums=0
+)
 
 
 def _draw_now(law: AmortizedLaw, num: int, operands: Any, key: Any) -> Any:

@@ -106,18 +106,9 @@ class Simulation:
 
     def one(self, key: Any, data: Any) -> dict[str, Any]:
         """One example: `u` (coordinates), `discrete`, `observed`, `arguments`."""
-        k1, k2, k3 = jax.random.split(key, 3)
-        arguments = data["arguments"]
-        if data["designs"] is not None:
-            arguments = design(arguments, data["designs"], k1)
-        with outside_scopes():
-            program = stage_packed(arguments)
-            replay = Replay(record=frozenset({"value"}), score=False)
-            out = run_program(replay, program, arguments, k2, {})
-        values = {
-            a: r["value"] for a, r in out["records"].items() if program.sites[a].kind == "sample"
-        }
-        return self.arrange(values, arguments, k3)
+        k1, k2 = jax.random.split(key)
+        values, arguments = draw_values(data, k1)
+        return self.arrange(values, arguments, k2)
 
     def arrange(self, values: Any, arguments: Arguments, key: Any) -> dict[str, Any]:
         """Values by address, in the users' layout, as a training example."""
@@ -208,6 +199,25 @@ def design(arguments: Arguments, designs: Arguments, key: Any) -> Arguments:
     model, _, _ = arguments.unpack()
     args, kwargs = as_arguments(out)
     return pack(model, args, kwargs)
+
+
+def draw_values(data: Any, key: Any) -> tuple[dict[str, Any], Arguments]:
+    """Values of all sample sites by address, and the arguments they were drawn under.
+
+    Args:
+        data: `{"arguments": Arguments, "designs": Arguments or None}`.
+        key: Random key.
+    """
+    k1, k2 = jax.random.split(key)
+    arguments = data["arguments"]
+    if data["designs"] is not None:
+        arguments = design(arguments, data["designs"], k1)
+    with outside_scopes():
+        program = stage_packed(arguments)
+        replay = Replay(record=frozenset({"value"}), score=False)
+        records = run_program(replay, program, arguments, k2, {})["records"]
+    values = {a: r["value"] for a, r in records.items() if program.sites[a].kind == "sample"}
+    return values, arguments
 
 
 def as_arguments(retval: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.encoder import features, raw_features
+from abduce.inference.static import Static
 
 __all__ = ["Novelty", "measure"]
 
@@ -97,11 +98,9 @@ _look_compiled = jax.jit(_look_now, static_argnums=(0, 1, 2, 6))
 
 
 def _look(est: Any, example: Any, arguments: Any, many: bool = False) -> Any:
-    from abduce.amortized.posterior_model import Fixed
-
     arrays, static = eqx.partition(est.network, eqx.is_array)
     return _look_compiled(
-        est.layout, est.settings, Fixed(static), arrays, est.scales, example, many, arguments
+        est.layout, est.settings, Static(static), arrays, est.scales, example, many, arguments
     )
 
 

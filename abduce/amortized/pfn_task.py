@@ -78,7 +78,7 @@ class PFNTask:
             out["again"] = jax.vmap(again)(jax.random.split(k2, self.num_redraws))
         return out
 
-    def read(self, rows: Any, data: Any) -> dict[str, Any]:
+    def read(self, rows: Any, key: Any, data: Any) -> dict[str, Any]:
         """Stored data sets."""
         return {"values": {a: rows[a] for a in self.table.addresses}}
 

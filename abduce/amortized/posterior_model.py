@@ -12,7 +12,8 @@ from abduce.amortized.frames import to_frame
 from abduce.amortized.layout import Layout, continuous_target
 from abduce.amortized.posterior_network import encode, find_frame, flat_discrete
 from abduce.amortized.reading import read_example
-from abduce.inference.problem import make_problem
+from abduce.inference.problem import Problem, make_problem
+from abduce.inference.static import Static
 from abduce.inference.target import unconstrain_now
 from abduce.inference.vi.fitted import JointLaw, emit_joint, log_jacobian
 from abduce.ppl.model import Model
@@ -44,34 +45,24 @@ class AmortizedModel(Model):
             seen = {a: x for a, x in given.items() if a in est.layout.observed}
             problem = make_problem(self.model, args, seen, kwargs, None)
             example = read_example(est, problem)
-            arrays, static = eqx.partition(est.network, eqx.is_array)
-            law = AmortizedLaw(est.layout, est.settings, problem.arguments.static, Fixed(static))
-            operands = (arrays, est.scales, example, list(problem.arguments.dynamic))
+            law, operands = make_law(est, problem, example)
         sites = problem.program.sites
         addresses = [a for a in problem.program.latents if a in law.addresses]
         return emit_joint(law, operands, addresses, [sites[a].shape for a in addresses])
 
 
-class Fixed:
-    """The static part of a module, hashable."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        leaves, treedef = jax.tree.flatten(value)
-        self.key = (treedef, tuple(leaves))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fixed) and self.key == other.key
+def make_law(est: Any, problem: Problem, example: Any) -> tuple[AmortizedLaw, Any]:
+    """An estimator's law for an example, and its operands."""
+    arrays, static = eqx.partition(est.network, eqx.is_array)
+    law = AmortizedLaw(est.layout, est.settings, problem.arguments.static, Static(static))
+    return law, (arrays, est.scales, example, list(problem.arguments.dynamic))
 
 
 class AmortizedLaw(JointLaw):
     """Coordinates and discrete latents; operands are the network, its scales, the example and the
     model's arguments."""
 
-    def __init__(self, layout: Layout, settings: Any, static: Any, network: Fixed):
+    def __init__(self, layout: Layout, settings: Any, static: Any, network: Static):
         self.key = (layout, settings, static, network)
         self.layout, self.settings, self.static, self.network = self.key
         self.num_discrete = sum(d.size for d in layout.discrete)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.amortized.layout import Layout, design
+from abduce.amortized.layout import Layout, draw_values
 from abduce.errors import InvalidModel
 from abduce.inference.problem import Problem
 from abduce.ppl.operations import outside_scopes, run_program
@@ -52,15 +52,7 @@ def make_probes(layout: Layout, simulation: Any, key: Any) -> Probes:
     """Draws from the model of training."""
 
     def one(key):
-        k1, k2 = jax.random.split(key)
-        arguments = simulation["arguments"]
-        if simulation["designs"] is not None:
-            arguments = design(arguments, simulation["designs"], k1)
-        with outside_scopes():
-            program = stage_packed(arguments)
-            replay = Replay(record=frozenset({"value"}), score=False)
-            records = run_program(replay, program, arguments, k2, {})["records"]
-        values = {a: r["value"] for a, r in records.items() if program.sites[a].kind == "sample"}
+        values, arguments = draw_values(simulation, key)
         return values, arguments.dynamic
 
     inside = _inside(simulation["arguments"])

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from abduce.errors import InvalidAlgorithm
+from abduce.inference.static import Static
 
-__all__ = ["Flat", "Recipe", "Static"]
+__all__ = ["Flat", "Recipe"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +141,3 @@ class Flat:
         """Which entries belong to matrices: only these decay, biases and scales do not."""
         parts = [np.full(math.prod(s), len(s) >= 2) for s, _ in self.shapes]
         return np.concatenate(parts) if parts else np.zeros(0, bool)
-
-
-class Static:
-    """The static part of a module, hashable: equal modules share compiled programs."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        leaves, treedef = jax.tree.flatten(value)
-        self.key = (treedef, tuple(leaves))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self.key == other.key

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from abduce.amortized.recipe import Flat, Recipe, Static
+from abduce.amortized.recipe import Flat, Recipe
 from abduce.amortized.rows import Rows
 from abduce.errors import Degenerate, InvalidAlgorithm, InvalidValue
 from abduce.inference.mcmc.sweeps import Bar
 from abduce.inference.persistence import load_folder, save_folder
 from abduce.ppl.operations import typed_key
 
-__all__ = ["Flat", "Recipe", "Static", "Task", "Trained", "num_parameters", "train"]
+__all__ = ["Flat", "Recipe", "Task", "Trained", "num_parameters", "train"]
 
 _BUFFER = 256  # steps per compiled call at most
 _SECONDS_PER_CALL = 2.0
@@ -40,8 +40,8 @@ class Task(Protocol):
     def simulate(self, key: Any, num: int, data: Any) -> Any:
         """A pytree of arrays with leading axis `num`: fresh training examples."""
 
-    def read(self, rows: Any, data: Any) -> Any:
-        """The same from rows of a stored set."""
+    def read(self, rows: Any, key: Any, data: Any) -> Any:
+        """The same from rows of a stored set; the key is for what is drawn anew in each epoch."""
 
     def loss(self, network: Any, key: Any, batch: Any, data: Any) -> Any:
         """The mean loss over a batch, a scalar in nats where the loss is a density's."""
@@ -149,6 +149,8 @@ class _Run:
             "bad": jnp.asarray(-1, jnp.int32),
         }
         self.best = (np.inf, jnp.copy(params))  # the state's own arrays are donated
+        # An operand: as a constant it would be copied into every compiled program.
+        self.decaying = jnp.asarray(config.flat.matrices()) if recipe.weight_decay else None
         self.step, self.resumed, self.waited, self.seconds = 0, 0, 0, 0.0
         self.losses: list[np.ndarray] = []
         self.validations: list[tuple[int, float]] = []
@@ -197,7 +199,7 @@ class _Run:
         stored = self.rows.arrays if self.rows is not None and self.rows.on_device else None
         state, losses = _steps(
             self.config, self.state, self.key, jnp.asarray(self.step, jnp.int32),
-            jnp.asarray(count, jnp.int32), self.data, rows, stored,
+            jnp.asarray(count, jnp.int32), self.data, rows, stored, self.decaying,
         )  # fmt: skip
         self.state = state  # the old one was donated
         bad = int(state["bad"])
@@ -322,13 +324,13 @@ def _batch(config: _Config, key: Any, data: Any, rows: Any, stored: Any) -> Any:
     recipe = config.recipe
 
     def one(key, rows):
+        key = jax.random.fold_in(key, 0)
         if config.stored is None:
-            key = jax.random.fold_in(key, 0)
             batch = config.task.simulate(key, recipe.batch_size, data)
         else:
             if config.stored:
                 rows = jax.tree.map(lambda x: x[rows], stored)
-            batch = config.task.read(rows, data)
+            batch = config.task.read(rows, key, data)
         if config.mesh is not None:
             axis = NamedSharding(config.mesh, PartitionSpec(config.mesh.axis_names[0]))
             batch = jax.lax.with_sharding_constraint(batch, axis)
@@ -345,7 +347,7 @@ def _batch(config: _Config, key: Any, data: Any, rows: Any, stored: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _steps(config, state, key, first, count, data, rows, stored):
+def _steps(config, state, key, first, count, data, rows, stored, decaying):
     recipe = config.recipe
 
     def loss(params, key, batch):
@@ -377,7 +379,7 @@ def _steps(config, state, key, first, count, data, rows, stored):
         params = state["params"] + updates
         if recipe.weight_decay:
             rate = recipe.learning_rate * recipe.weight_decay * recipe.decay_rate(step)
-            params = params - rate * config.flat.matrices() * state["params"]
+            params = params - rate * decaying * state["params"]
         # Shorter at first, so that where the run began is forgotten.
         decay = jnp.minimum(recipe.decay, (1.0 + step) / (10.0 + step))
         decay = decay if recipe.decay else jnp.zeros(())
@@ -406,5 +408,5 @@ def _validate(config, state, key, data, rows):
     if rows is None:
         batch = config.task.simulate(k1, config.recipe.batch_size, data)
     else:
-        batch = config.task.read(rows, data)
+        batch = config.task.read(rows, k1, data)
     return config.task.loss(network, k2, batch, data)

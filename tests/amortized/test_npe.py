@@ -1,5 +1,6 @@
 """Posterior estimators: exact posteriors, exact evidence, and what cannot be amortized."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import abduce as ab
 import abduce.dist as dist
 from abduce.amortized.layout import make_layout
+from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings
 from abduce.errors import (
     Degenerate,
     InvalidAlgorithm,
@@ -549,3 +551,28 @@ def test_several_modes_have_no_frame():
     est = ab.npe(square, observed="y", head="mixture", **SMALL)
     est = est.fit(jax.random.key(0), num_steps=1, progress_bar=False)
     assert not est.settings.frame
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def test_draws_of_q_change_the_gradient_of_the_loss_but_not_its_value():
+    # What `history` holds stays -log q at the true latents, in nats.
+    layout, simulation = make_layout(
+        "npe", normal, (4,), {}, "y", None, None, jax.random.key(0)
+    )
+    one = jnp.ones(())
+    scales = {"u": (jnp.zeros(1), jnp.ones(1)), "features": [(jnp.zeros(1), one)]}
+    data = {"simulation": simulation, "scales": scales}
+    plain = PosteriorTask(layout, Settings("mixture", 16, 1, 8))
+    several = PosteriorTask(layout, Settings("mixture", 16, 1, 8, num_candidates=5))
+    network = PosteriorNetwork(jax.random.key(1), layout, plain.settings, [(4, 1)])
+    batch = plain.simulate(jax.random.key(2), 16, data)
+
+    def loss(task):
+        return eqx.filter_value_and_grad(task.loss)(network, jax.random.key(3), batch, data)
+
+    (a, da), (b, db) = loss(plain), loss(several)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    leaves = zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True)
+    assert max(float(jnp.max(jnp.abs(x - y))) for x, y in leaves) > 1e-3

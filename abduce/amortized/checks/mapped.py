@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.checks.densities import density_of_points, posterior_model
-from abduce.amortized.checks.prior_predictive import PriorPredictive, as_arguments
+from abduce.amortized.checks.prior_predictive import PriorPredictive
+from abduce.amortized.layout import as_arguments
 from abduce.inference import weighting
 
 __all__ = ["mapped_runs"]

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from abduce.amortized.layout import as_arguments
 from abduce.errors import (
     InvalidModel,
     InvalidValue,
@@ -20,7 +21,7 @@ from abduce.errors import (
 from abduce.ppl.model import Model
 from abduce.ppl.program import pack
 
-__all__ = ["PriorPredictive", "as_arguments", "simulate_data", "simulate_pairs"]
+__all__ = ["PriorPredictive", "simulate_data", "simulate_pairs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +85,6 @@ class PriorPredictive:
             if a in self.conditional else x
             for a, x in points.items()
         }  # fmt: skip
-
-
-def as_arguments(design: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tuple holds positional arguments, a dict keyword ones; anything else is the only one."""
-    if isinstance(design, dict):
-        return (), design
-    return (tuple(design) if isinstance(design, tuple) else (design,)), {}
 
 
 def simulate_pairs(

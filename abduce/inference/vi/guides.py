@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.errors import NoDensity
+from abduce.inference.static import Static
 from abduce.inference.vi import flows
 
 __all__ = [
@@ -309,21 +310,6 @@ class _Flow(_OfDim):
         return _normal(e) + log_det - jnp.sum(params["log_scale"])
 
 
-class _Static:
-    """The static part of a module, hashable: equal modules share compiled programs."""
-
-    def __init__(self, value):
-        self.value = value
-        leaves, treedef = jax.tree.flatten(value)
-        self.key = (treedef, tuple(leaves))
-
-    def __hash__(self):
-        return hash(self.key)
-
-    def __eq__(self, other):
-        return isinstance(other, _Static) and self.key == other.key
-
-
 @dataclasses.dataclass(frozen=True)
 class flow(Family):
     """A normalizing flow, then a shift and scale of each coordinate.
@@ -348,7 +334,7 @@ class flow(Family):
         arrays, static = eqx.partition(bijection, eqx.is_inexact_array)
         log_scale = jnp.log(scale)
         params = {"loc": start, "log_scale": log_scale, "flow": arrays}
-        return _Flow(n, _Static(static)), params
+        return _Flow(n, Static(static)), params
 
 
 # ---------------------------------------------------------------------- implicit
@@ -419,7 +405,7 @@ class implicit(Family):
         network = _Network(key, k, n, self.hidden, start.dtype)
         arrays, static = eqx.partition(network, eqx.is_inexact_array)
         params = {"loc": start, "network": arrays}
-        return _Implicit(n, k, self.sigma, _Static(static)), params
+        return _Implicit(n, k, self.sigma, Static(static)), params
 
 
 class _Network(eqx.Module):
