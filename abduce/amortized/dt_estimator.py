@@ -59,6 +59,7 @@ class DistributionTransformer(eqx.Module, Algorithm):
     num_samples: int = eqx.field(static=True, default=4000)
 
     traceable = True
+    needs_density = False
 
     @property
     def name(self) -> str:

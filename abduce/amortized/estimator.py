@@ -63,6 +63,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
     report: Any = None
 
     traceable = True
+    needs_density = False
 
     @property
     def name(self) -> str:

@@ -28,9 +28,11 @@ class Algorithm:
     """Base of all algorithms.
 
     `traceable`: whether `run` works inside `jax.jit` and `jax.vmap`, with data that are tracers.
+    `needs_density`: whether every site has to have one; estimators that only simulate do not.
     """
 
     traceable = False  # without annotation: an attribute of the class, not a setting
+    needs_density = True
 
     @property
     def name(self) -> str:
@@ -120,7 +122,8 @@ def run_posterior(
         from abduce.inference.mcmc.algorithms import nuts
 
         alg = nuts()
-    problem = make_problem(model, args, given, kwargs, f"ab.{alg.name}")
+    name = f"ab.{alg.name}" if alg.needs_density else None
+    problem = make_problem(model, args, given, kwargs, name)
     return alg.run(problem, key)
 
 

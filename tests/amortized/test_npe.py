@@ -16,6 +16,7 @@ from abduce.errors import (
     InvalidModel,
     InvalidValue,
     MissingData,
+    NoDensity,
     NotFitted,
     UnknownAddress,
 )
@@ -576,3 +577,21 @@ def test_draws_of_q_change_the_gradient_of_the_loss_but_not_its_value():
     np.testing.assert_allclose(a, b, rtol=1e-5)
     leaves = zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True)
     assert max(float(jnp.max(jnp.abs(x - y))) for x, y in leaves) > 1e-3
+
+
+def test_a_simulator_needs_no_density():
+    @ab.model
+    def noisy(n):
+        mu = ab.sample("mu", dist.Normal(0.0, 1.0))
+        f = lambda key, m: m + jax.random.normal(key)  # noqa: E731
+        jax.vmap(lambda _: ab.sample("y", dist.Simulator(f, mu)))(jnp.arange(n))
+
+    est = ab.npe(noisy, 4, observed="y", head="mixture", **SMALL)
+    est = est.fit(jax.random.key(0), num_steps=300, learning_rate=3e-3, progress_bar=False)
+    y = np.array([1.0, 0.2, -0.3, 0.8])
+    post = est(noisy).posterior(jax.random.key(1), 4, given={"y": y})
+    # The exact posterior is N(sum(y) / 5, 1 / 5); without the data the mean would be 0.34 off.
+    assert float(post["mu"].mean()) == pytest.approx(y.sum() / 5, abs=0.1)
+    assert float(post["mu"].std()) == pytest.approx(5**-0.5, rel=0.2)
+    with pytest.raises(NoDensity, match="'y'"):
+        ab.importance(proposal=est)(noisy).posterior(jax.random.key(1), 4, given={"y": y})
