@@ -19,6 +19,7 @@ from abduce import amortized, dist
 from abduce.amortized import checks
 from abduce.amortized.checks import sbc
 from abduce.amortized.distribution_transformer import distribution_transformer
+from abduce.amortized.nle import nle, nre
 from abduce.amortized.npe import fmpe, npe, npse
 from abduce.amortized.pfn import pfn
 from abduce.errors import (
@@ -128,10 +129,12 @@ __all__ = [
     "masked",
     "mh",
     "model",
+    "nle",
     "noncentered",
     "normalize",
     "npe",
     "npse",
+    "nre",
     "nuts",
     "objectives",
     "param",

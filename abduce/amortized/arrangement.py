@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from abduce.amortized.operands import OperandReplay, operands_of
 from abduce.inference.problem import Problem
-from abduce.ppl.interpreter import broadcast_operand
 from abduce.ppl.operations import outside_scopes, run_program
 from abduce.ppl.program import Arguments, Program
-from abduce.ppl.replay import Given, Replay
+from abduce.ppl.replay import Given
 
 __all__ = ["Group", "make_groups"]
 
@@ -116,24 +116,12 @@ def _exchangeable(
     return None
 
 
-class _Operands(Replay):
-    """Records the operands of sites without a density."""
-
-    def site(self, site, operands, given, key, acc):
-        values, acc, record = super().site(site, operands, given, key, acc)
-        if site.kind == "sample" and site.spec.family == "Simulator":
-            for i, (role, x) in enumerate(zip(site.roles, operands, strict=True)):
-                if role == "leaf":
-                    record[f"operand {i}"] = broadcast_operand(site, x, i)
-        return values, acc, record
-
-
 def _element_records(
     program: Program, arguments: Arguments, values: dict[str, Any], sites: list[str]
 ) -> list[np.ndarray]:
     """The score of each element, or what determines its law."""
     given = {a: Given(x, trusted=True) for a, x in values.items()}
-    replay = _Operands(record=frozenset({"value", "score"}))
+    replay = OperandReplay(record=frozenset({"value", "score"}))
     with outside_scopes():
         out = run_program(replay, program, arguments, None, given)
     found = []
@@ -142,7 +130,6 @@ def _element_records(
         if program.sites[a].has_density:
             found.append(np.asarray(record["score"]))
         else:
-            found += [np.asarray(x) for n, x in record.items() if n.startswith("operand")]
-            if not any(n.startswith("operand") for n in record):
-                found.append(np.zeros(program.sites[a].shape[:1]))
+            operands = operands_of(record) or [np.zeros(program.sites[a].shape[:1])]
+            found += [np.asarray(x) for x in operands]
     return found

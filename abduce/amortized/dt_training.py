@@ -12,8 +12,8 @@ import numpy as np
 from abduce.amortized.dt_coordinates import MixtureModel
 from abduce.amortized.dt_inputs import Plan, features_of, place, place_back, tokens_of
 from abduce.amortized.dt_priors import fit_laws
-from abduce.amortized.layout import design
 from abduce.amortized.mixtures import GaussianMixture
+from abduce.amortized.posing import design
 from abduce.ppl.operations import outside_scopes, run_program
 from abduce.ppl.program import Arguments, pack, stage_packed
 from abduce.ppl.replay import Given, Replay

@@ -13,7 +13,7 @@ import numpy as np
 from abduce.amortized.layout import Group, Layout
 from abduce.amortized.networks import Convolutions, DeepSet, Pixels, Residual, cast
 
-__all__ = ["Encoder", "feature_scales", "features", "raw_features"]
+__all__ = ["Encoder", "feature_scales", "features", "raw_features", "robust_scale", "squash"]
 
 _FAR = 4.0  # spreads up to which features are linear; beyond, logarithmic
 
@@ -82,13 +82,7 @@ def feature_scales(layout: Layout, raw: list[Any]) -> list[tuple[jax.Array, jax.
         x = np.asarray(x, np.float64)
         if group.kind in ("set", "sequence", "image"):
             x = x.reshape(-1, x.shape[-1])
-        x = np.where(np.isfinite(x), x, np.nan)
-        low, mid, high = np.nanquantile(x, [0.16, 0.5, 0.84], axis=0)
-        spread = (high - low) / 2
-        wide = np.nanstd(x, axis=0)
-        # Features that are mostly one value (indicators) have no spread by quantiles.
-        spread = np.where(spread > 1e-3 * wide, spread, wide)
-        spread = np.where(spread > 0, spread, 1.0)
+        mid, spread = robust_scale(x)
         dtype = jnp.result_type(float)
         out.append((jnp.asarray(mid, dtype), jnp.asarray(spread, dtype)))
     return out
@@ -98,10 +92,28 @@ def features(scales: Any, raw: list[Any]) -> list[jax.Array]:
     """Standardized; far out, logarithmic, so that one wild value does not swamp the rest."""
     out = []
     for (centre, spread), x in zip(scales, raw, strict=True):
-        z = (x - centre) / spread
-        far = jnp.maximum(jnp.abs(z), _FAR)
-        out.append(jnp.where(far > _FAR, jnp.sign(z) * _FAR * (1 + jnp.log(far / _FAR)), z))
+        out.append(squash((x - centre) / spread))
     return out
+
+
+def squash(z: Any) -> jax.Array:
+    """Linear up to a few spreads, then logarithmic."""
+    far = jnp.maximum(jnp.abs(z), _FAR)
+    return jnp.where(far > _FAR, jnp.sign(z) * _FAR * (1 + jnp.log(far / _FAR)), z)
+
+
+def robust_scale(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Median and half the width of the central 68% of each column of `(rows, columns)`.
+
+    Columns that are mostly one value (indicators) have no spread by quantiles; they get their
+    standard deviation, constants 1. What is not finite is left out.
+    """
+    x = np.asarray(x, np.float64)
+    x = np.where(np.isfinite(x), x, np.nan)
+    low, mid, high = np.nanquantile(x, [0.16, 0.5, 0.84], axis=0)
+    spread, wide = (high - low) / 2, np.nanstd(x, axis=0)
+    spread = np.where(spread > 1e-3 * wide, spread, wide)
+    return mid, np.where(spread > 0, spread, 1.0)
 
 
 class Encoder(eqx.Module):

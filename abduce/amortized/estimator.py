@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.encoder import feature_scales, raw_features
-from abduce.amortized.layout import Layout, as_arguments, continuous_target, draw_values
+from abduce.amortized.fitting import check_rows, plan_run, simulate_rows
+from abduce.amortized.layout import Layout, continuous_target
 from abduce.amortized.networks import stacked
 from abduce.amortized.novelty import Novelty, measure
+from abduce.amortized.posing import as_arguments
 from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, make_law
 from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings, fits
 from abduce.amortized.probes import Probes, make_probes, verify
 from abduce.amortized.reading import check_sites, read_example, require_fitted
-from abduce.amortized.rows import Rows, split_rows
-from abduce.amortized.training import Recipe, train
-from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, InvalidValue, NotFitted
+from abduce.amortized.rows import Rows
+from abduce.amortized.training import train
+from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, NotFitted
 from abduce.inference.algorithm import Algorithm, check_count
 from abduce.inference.posterior import Posterior, make_posterior
 from abduce.inference.problem import Problem, make_problem
@@ -142,30 +144,14 @@ class PosteriorEstimator(eqx.Module, Algorithm):
                 f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
                 f"Make a new one with ab.{self.name}(model, ...)."
             )
-        if budget is not None and data is not None:
-            raise InvalidAlgorithm(f"ab.{self.name}.fit: budget= and data= exclude each other.")
         k_rows, k_scales, k_network, k_train = jax.random.split(key, 4)
-        rows: Rows | None = None
-        held: Rows | None = None
-        fixed = budget is not None or data is not None
-        if fixed:
-            if data is None:
-                check_count(f"{self.name}.fit", "budget", budget, 20)
-                arrays = self.simulate(k_rows, int(budget))  # type: ignore[arg-type]
-            else:
-                arrays = self._check_rows(data)
-            rows, held = split_rows(arrays, 0.1, 0, batch_size, accumulate)
-            epoch = rows.steps_per_epoch
-            num_steps = num_steps or max(4000, min(20_000, 60 * epoch))
-            validate_every = validate_every or max(100, epoch)
-            patience = patience or 20
-        num_steps = num_steps or 10_000
-        recipe = Recipe(
-            num_steps=num_steps, batch_size=rows.batch_size if rows else batch_size,
+        rows, held, recipe = plan_run(
+            self.name, simulate=lambda num: self.simulate(k_rows, num), check=self._check_rows,
+            budget=budget, data=data, num_steps=num_steps, batch_size=batch_size,
             learning_rate=learning_rate, weight_decay=weight_decay, accumulate=accumulate, ema=ema,
-            validate_every=validate_every, patience=patience, keep_best=fixed,
+            validate_every=validate_every, patience=patience,
         )  # fmt: skip
-        few = 0 < self.layout.dim <= _FEW and not fixed and self._has_density()
+        few = 0 < self.layout.dim <= _FEW and rows is None and self._has_density()
         settings = self.settings
         if settings.num_candidates is None:
             settings = dataclasses.replace(settings, num_candidates=_CANDIDATES if few else 0)
@@ -204,43 +190,16 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             batch_size: How many in one compiled call.
         """
         key = typed_key(key, f"ab.{self.name}.simulate")
-        parts = []
-        for i in range(0, num, batch_size):
-            size = min(batch_size, num)
-            out = _simulate_rows(self.layout, size, self.simulation, jax.random.fold_in(key, i))
-            parts.append({a: np.asarray(x)[: num - i] for a, x in out.items()})
-        return {a: np.concatenate([p[a] for p in parts]) for a in parts[0]}
+        layout = self.layout
+        addresses = (*layout.addresses, *layout.observed)
+        return simulate_rows(addresses, layout.designs, self.simulation, key, num, batch_size)
 
     def _check_rows(self, data: Any) -> dict[str, Any]:
         layout = self.layout
-        if not hasattr(data, "items"):
-            raise InvalidValue(
-                f"ab.{self.name}.fit: data= takes a dict of arrays by address, got "
-                f"{type(data).__name__}."
-            )
-        arrays = dict(data)
-        if "arguments" in arrays:
-            leaves = jax.tree.leaves(arrays.pop("arguments"))
-            arrays |= {f"arguments/{i}": x for i, x in enumerate(leaves)}
-        shapes = layout.addresses
-        shapes |= dict(layout.shapes)
+        shapes = layout.addresses | dict(layout.shapes)
         if layout.designs:
             shapes |= {f"arguments/{i}": s for i, s in enumerate(layout.arguments)}
-        for a, shape in shapes.items():
-            if a not in arrays:
-                raise InvalidValue(
-                    f"ab.{self.name}.fit: data= has no {a!r}; it needs {', '.join(shapes)}."
-                )
-            got = tuple(np.shape(arrays[a]))[1:]
-            if got != tuple(shape):
-                raise InvalidValue(
-                    f"ab.{self.name}.fit: data[{a!r}] has rows of shape {got}; site {a!r} of "
-                    f"`{layout.model_name}` has shape {tuple(shape)}."
-                )
-        extra = sorted(a for a in arrays if a not in shapes and not a.startswith("arguments/"))
-        if extra:
-            raise InvalidValue(f"ab.{self.name}.fit: data= has {extra}, which are no sites.")
-        return {a: arrays[a] for a in arrays if a in shapes}
+        return check_rows(self.name, data, shapes, layout.model_name)
 
     def _examples(self, task: PosteriorTask, key: Any, rows: Rows | None) -> Any:
         data = {"simulation": self.simulation, "scales": None}
@@ -442,23 +401,11 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         return f"<ab.{self.kind} of {self.layout.model_name}, {state}>"
 
 
-def _rows_of(layout: Layout, num: int, simulation: Any, key: Any) -> dict[str, Any]:
-    def one(key):
-        values, arguments = draw_values(simulation, key)
-        row = {a: values[a] for a in (*layout.addresses, *layout.observed)}
-        if layout.designs:
-            row |= {f"arguments/{i}": x for i, x in enumerate(arguments.dynamic)}
-        return row
-
-    return jax.vmap(one)(jax.random.split(key, num))
-
-
 def _features_of(layout: Layout, sample: Any) -> Any:
     return jax.vmap(lambda x: raw_features(layout, x, x["missing"]))(sample)
 
 
 _raw_features = jax.jit(_features_of, static_argnums=0)
-_simulate_rows = jax.jit(_rows_of, static_argnums=(0, 1))
 _simulate_task = jax.jit(
     lambda task, num, key, data: task.simulate(key, num, data), static_argnums=(0, 1)
 )

@@ -12,6 +12,7 @@ import numpy as np
 
 from abduce.amortized.dynamics import FlowMatching, Score
 from abduce.amortized.encoder import Encoder, features, raw_features
+from abduce.amortized.fitting import with_arguments
 from abduce.amortized.frames import frame_features, laplace_frame, to_frame
 from abduce.amortized.heads import Choices, Flow, Mixture
 from abduce.amortized.layout import Group, Layout, Simulation, continuous_target
@@ -184,11 +185,7 @@ class PosteriorTask:
         k1, k2 = jax.random.split(key)
 
         def one(row, key):
-            leaves = [
-                row.get(f"arguments/{i}", x) for i, x in enumerate(arguments.dynamic)
-            ]
-            values = {a: x for a, x in row.items() if not a.startswith("arguments/")}
-            mine = Arguments(arguments.static, leaves)
+            values, mine = with_arguments(row, arguments)
             return Simulation(layout).arrange(values, mine, key)
 
         batch = jax.vmap(one)(rows, jax.random.split(k1, num))

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.amortized.layout import Layout, draw_values
+from abduce.amortized.layout import Layout
+from abduce.amortized.posing import draw_values
 from abduce.errors import InvalidModel
 from abduce.inference.problem import Problem
 from abduce.ppl.operations import outside_scopes, run_program

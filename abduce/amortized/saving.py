@@ -18,7 +18,7 @@ from abduce.amortized.probes import Probes
 from abduce.inference.encoding import LoadError
 from abduce.inference.persistence import save_folder
 
-__all__ = ["KIND", "estimator_from_saved", "fill", "named_arrays", "save_estimator"]
+__all__ = ["KIND", "estimator_from_saved", "fill", "named_arrays", "save_estimator", "tuples"]
 
 KIND = "posterior estimator"
 
@@ -171,10 +171,12 @@ def _one(arrays: dict[str, Any], name: str, where: str) -> np.ndarray:
     return np.asarray(arrays[name])
 
 
-def _layout(stored: dict[str, Any]) -> Layout:
-    def tuples(x):
-        return tuple(tuples(y) for y in x) if isinstance(x, (list, tuple)) else x
+def tuples(x: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(tuples(y) for y in x) if isinstance(x, (list, tuple)) else x
 
+
+def _layout(stored: dict[str, Any]) -> Layout:
     stored = dict(stored)
     return Layout(
         **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from abduce.inference.problem import Problem, make_problem
 from abduce.ppl.masked import Masked
 from abduce.ppl.program import Arguments
 
-__all__ = ["Posterior", "make_posterior"]
+__all__ = ["Posterior", "make_posterior", "prior_posterior", "with_warnings"]
 
 _INSIDE = ("abduce", "equinox", "jax")  # packages whose frames are not the user's
 
@@ -430,6 +431,13 @@ class _Text(str):
     """A diagnostic in words; without leaves, so that a posterior can enter compiled functions."""
 
     __slots__ = ()
+
+
+def with_warnings(post: Posterior, messages: list[str]) -> Posterior:
+    """The posterior with more warnings, which are raised."""
+    for message in messages:
+        warnings.warn(message, AbduceWarning, stacklevel=_users_level())
+    return dataclasses.replace(post, warnings=(*post.warnings, *messages))
 
 
 def make_posterior(

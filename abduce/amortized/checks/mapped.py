@@ -11,7 +11,7 @@ import numpy as np
 
 from abduce.amortized.checks.densities import density_of_points, posterior_model
 from abduce.amortized.checks.prior_predictive import PriorPredictive
-from abduce.amortized.layout import as_arguments
+from abduce.amortized.posing import as_arguments
 from abduce.inference import weighting
 
 __all__ = ["mapped_runs"]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from abduce.amortized.layout import as_arguments
+from abduce.amortized.posing import as_arguments
 from abduce.errors import (
     InvalidModel,
     InvalidValue,
