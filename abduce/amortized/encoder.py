@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.layout import Group, Layout
-from abduce.amortized.networks import Convolutions, DeepSet, Pixels, Residual, cast
+from abduce.amortized.networks import Convolutions, DeepSet, Pixels, Residual, SetTransformer, cast
 
 __all__ = ["Encoder", "feature_scales", "features", "raw_features", "robust_scale", "squash"]
 
@@ -128,6 +128,7 @@ class Encoder(eqx.Module):
         width, depth: Of the networks.
         precision: None or 'bfloat16'.
         extra: Length of a further vector.
+        sets: 'pool' or 'transformer'.
     """
 
     parts: tuple[Any, ...]
@@ -145,13 +146,15 @@ class Encoder(eqx.Module):
         depth: int,
         precision: str | None = None,
         extra: int = 0,
+        sets: str = "pool",
     ):
         keys = jax.random.split(key, len(layout.groups) + 1)
         parts: list[Any] = []
         total = extra
         for k, group, shape in zip(keys, layout.groups, shapes, strict=False):
             if group.kind == "set":
-                parts.append(DeepSet(k, shape[-1], width, width, depth))
+                make = DeepSet if sets == "pool" else SetTransformer
+                parts.append(make(k, shape[-1], width, width, depth))
                 total += width
             elif group.kind == "sequence":
                 parts.append(Convolutions(k, shape[-1], width, width, shape[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -175,6 +176,58 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             probes=make_probes(self.layout, self.simulation, k_scales),
         )
         return dataclasses.replace(fitted, novelty=measure(fitted, sample))
+
+    def fit_rounds(
+        self,
+        key: Any,
+        *args: Any,
+        given: Any,
+        num_rounds: int = 5,
+        budget: int = 10_000,
+        tail: float = 1e-4,
+        settings: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains for one observation: each round simulates where the last one put the posterior.
+
+        Deistler, Goncalves and Macke, "Truncated proposals for scalable and hassle-free
+        simulation-based inference", NeurIPS 2022, algorithm 1: the prior is restricted to where
+        the estimate exceeds a low quantile of its own draws, by rejection, so the loss needs no
+        correction. For simulators too slow for an amortized fit; the result answers for this
+        observation, and warns for others.
+
+        Args:
+            key: Random key.
+            *args, **kwargs: The model's arguments; by default those of training.
+            given: The observation.
+            num_rounds: The first simulates from the whole prior.
+            budget: Simulations over all rounds.
+            tail: Share of the estimate's draws that the restriction leaves out.
+            settings: Further arguments of `fit`, such as `num_steps`.
+
+        Returns:
+            The fitted estimator. `history["prior_share"]` is the share of the prior that each
+            round kept.
+
+        Raises:
+            Degenerate: Hardly any prior draw is where the estimate is.
+            InvalidAlgorithm: There are designs, or too few simulations for a round.
+
+        Example:
+            >>> est = est.fit_rounds(key, given={"y": y}, num_rounds=4, budget=4000)
+        """
+        from abduce.amortized.rounds import fit_rounds
+
+        name = f"{self.name}.fit_rounds"
+        if self.model is None:
+            raise NotFitted(f"ab.{name}: an estimator loaded from disk has no model.")
+        check_count(name, "num_rounds", num_rounds)
+        check_count(name, "budget", budget, 20)
+        if not 0 < tail < 0.5:
+            raise InvalidAlgorithm(f"ab.{name}: tail must lie between 0 and 0.5, got {tail!r}.")
+        return fit_rounds(
+            self, key, args, kwargs, given, num_rounds, budget, tail, dict(settings or {})
+        )
 
     def _has_density(self) -> bool:
         with outside_scopes():

@@ -10,9 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from abduce.amortized.attention import ContextBlock, fold, stack
 from abduce.inference.vi.flows.networks import zeros
 
-__all__ = ["Convolutions", "DeepSet", "Linear", "Pixels", "Residual", "cast", "stacked", "uniform"]
+__all__ = [
+    "Convolutions",
+    "DeepSet",
+    "Linear",
+    "Pixels",
+    "Residual",
+    "SetTransformer",
+    "cast",
+    "stacked",
+    "uniform",
+]
 
 _FEW = 12  # features up to which their products are pooled
 
@@ -148,6 +159,49 @@ class DeepSet(eqx.Module):
             rows, columns = np.triu_indices(x.shape[-1])
             parts.append((there.T @ there)[rows, columns] / jnp.maximum(n, 1.0))
         return self.outer(jnp.concatenate(parts))
+
+
+class SetTransformer(eqx.Module):
+    """A function of a set: its elements attend to each other, then one query collects them.
+
+    Lee, Lee, Kim, Kosiorek, Choi and Teh, "Set Transformer", ICML 2019; for posteriors over sets of
+    any size, Sherki, Oseledets and Muravleva, "Combining Flow Matching and Transformers for
+    Efficient Solution of Bayesian Inverse Problems", 2025. Cost grows with the square of the number
+    of elements.
+
+    Args:
+        key: Typed PRNG key.
+        in_dim: Features of an element.
+        out_dim: Features of the set.
+        width: Of the tokens; divisible by 4, or attention has one head.
+        depth: Layers.
+    """
+
+    embed: Residual
+    query: jax.Array
+    blocks: Any
+    outer: Residual
+
+    def __init__(self, key: Any, in_dim: int, out_dim: int, width: int, depth: int):
+        k1, k2, k3, k4 = jax.random.split(key, 4)
+        self.embed = Residual(k1, in_dim, width, width, 1)
+        self.query = uniform(k2, (width,), 1.0)
+        heads = 4 if width % 4 == 0 else 1
+        self.blocks = stack(lambda k: ContextBlock(k, width, heads, 2 * width), k3, depth)
+        self.outer = Residual(k4, width + 2, out_dim, width, 1)
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        """Shape `(out_dim,)`; arguments as of `DeepSet`."""
+        tokens = jnp.concatenate([self.embed(x), self.query[None].astype(x.dtype)])
+        seen = jnp.append(mask, True)  # and the learned key; the query is seen by none
+
+        def step(block, tokens, _):
+            return block(tokens, block.keys_values(tokens[:-1]), seen), None
+
+        tokens, _ = fold(self.blocks, tokens, step)
+        n = jnp.sum(mask).astype(tokens.dtype)
+        size = jnp.stack([jnp.log1p(n) / 2, 1 / (1 + n)])
+        return self.outer(jnp.concatenate([tokens[-1], size]))
 
 
 class Convolutions(eqx.Module):

@@ -34,6 +34,7 @@ def npe(
     num_layers: int = 4,
     num_bins: int = 8,
     num_components: int = 8,
+    sets: str = "pool",
     precision: str | None = None,
     num_samples: int = 4000,
     **kwargs: Any,
@@ -72,6 +73,9 @@ def npe(
         width, depth, context_dim: Of the networks.
         num_layers, num_bins: Of the flow.
         num_components: Of the mixture.
+        sets: How sets are encoded: 'pool' (elements apart, then averages, maxima and products) or
+            'transformer' (elements attend to each other; cost grows with the square of their
+            number).
         precision: None, or 'bfloat16' for the encoder's arithmetic; weights stay float32.
         num_samples: Draws of a posterior.
 
@@ -96,8 +100,8 @@ def npe(
     settings = {
         "head": head, "width": width, "depth": depth, "context_dim": context_dim,
         "num_layers": num_layers, "num_bins": num_bins, "num_components": num_components,
-        "num_candidates": num_candidates, "num_networks": num_networks, "precision": precision,
-        "frame": frame,
+        "num_candidates": num_candidates, "num_networks": num_networks, "sets": sets,
+        "precision": precision, "frame": frame,
     }  # fmt: skip
     return _make(
         "npe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
@@ -115,6 +119,7 @@ def fmpe(
     width: int = 64,
     depth: int = 2,
     context_dim: int = 64,
+    sets: str = "pool",
     precision: str | None = None,
     num_samples: int = 4000,
     **kwargs: Any,
@@ -132,7 +137,7 @@ def fmpe(
     """
     settings = {
         "head": "flow matching", "width": width, "depth": depth, "context_dim": context_dim,
-        "num_networks": num_networks, "precision": precision,
+        "num_networks": num_networks, "sets": sets, "precision": precision,
     }  # fmt: skip
     return _make(
         "fmpe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
@@ -150,6 +155,7 @@ def npse(
     width: int = 64,
     depth: int = 2,
     context_dim: int = 64,
+    sets: str = "pool",
     precision: str | None = None,
     num_samples: int = 4000,
     **kwargs: Any,
@@ -167,7 +173,7 @@ def npse(
     """
     settings = {
         "head": "score", "width": width, "depth": depth, "context_dim": context_dim,
-        "num_networks": num_networks, "precision": precision,
+        "num_networks": num_networks, "sets": sets, "precision": precision,
     }  # fmt: skip
     return _make(
         "npse", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples

@@ -51,10 +51,13 @@ class Settings:
     precision: str | None = None
     frame: bool | None = False
     missing: tuple[tuple[str, float], ...] = ()
+    sets: str = "pool"
 
     def __post_init__(self):
         if self.head not in HEADS:
             raise InvalidAlgorithm(f"head={self.head!r} is not one of {', '.join(HEADS)}.")
+        if self.sets not in ("pool", "transformer"):
+            raise InvalidAlgorithm(f"sets={self.sets!r} is not 'pool' or 'transformer'.")
         if self.precision not in (None, "bfloat16"):
             raise InvalidAlgorithm(
                 f"precision={self.precision!r}: networks compute in float32 (None) or 'bfloat16'."
@@ -86,7 +89,7 @@ class PosteriorNetwork(eqx.Module):
         c = settings.context_dim
         self.encoder = Encoder(
             k1, layout, shapes, c, settings.width, settings.depth, settings.precision,
-            2 * layout.dim if settings.frame else 0,
+            2 * layout.dim if settings.frame else 0, settings.sets,
         )  # fmt: skip
         self.choices = self.link = self.head = None
         if layout.discrete:
