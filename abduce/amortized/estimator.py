@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from abduce.amortized.composition import compose, composes
 from abduce.amortized.encoder import feature_scales, raw_features
 from abduce.amortized.fitting import check_rows, plan_run, simulate_rows
 from abduce.amortized.layout import Layout, continuous_target
@@ -327,6 +328,8 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         return AmortizedModel(self, model.with_algorithm(None))
 
     def run(self, problem: Problem, key: Any) -> Posterior:
+        if self.settings.compose and composes(self, problem):
+            return self._composed(problem, key)
         example = read_example(self, problem)
         law, operands = make_law(self, problem, example)
         if problem.is_traced or isinstance(key, jax.core.Tracer):
@@ -348,11 +351,20 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             values, active = _by_address(law, vectors, operands)
         return self._posterior(problem, values, active, log_q, messages)
 
+    def _composed(self, problem: Problem, key: Any) -> Posterior:
+        check_sites(self.name, self.layout, problem)
+        messages = [] if problem.is_traced else verify(self, problem)
+        law, operands, vectors = compose(self, problem, key)
+        values, active = jax.vmap(lambda v: law.by_address(v, operands))(vectors)
+        return self._posterior(problem, values, active, None, messages)
+
     def _posterior(self, problem, values, active, log_q, messages) -> Posterior:
-        xp = jnp if isinstance(log_q, jax.core.Tracer) else np
+        leaf = next(iter(values.values()))
+        xp = jnp if isinstance(leaf, jax.core.Tracer) else np
+        scores = {} if log_q is None else {"log_density": xp.asarray(log_q)[None]}
         return make_posterior(
             problem, {a: xp.asarray(x)[None] for a, x in values.items()}, algorithm=self.name,
-            diagnostics={"log_density": xp.asarray(log_q)[None]}, messages=messages,
+            diagnostics=scores, messages=messages,
             active={a: xp.asarray(x)[None] for a, x in active.items()},
         )  # fmt: skip
 

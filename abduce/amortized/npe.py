@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from abduce.amortized.composition import require_composable
 from abduce.amortized.estimator import PosteriorEstimator
 from abduce.amortized.layout import make_layout
 from abduce.amortized.posterior_network import Settings
@@ -151,6 +152,7 @@ def npse(
     designs: Model | None = None,
     sizes: Any = None,
     missing: Mapping[str, float] | None = None,
+    compose: bool = False,
     num_networks: int = 1,
     width: int = 64,
     depth: int = 2,
@@ -166,14 +168,19 @@ def npse(
     Inference with Conditional Score Based Diffusion Models", ICML 2024. Draws and densities come
     from the probability flow.
 
-    Arguments are those of `ab.npe`.
+    Arguments are those of `ab.npe`, and:
+
+    Args:
+        compose: Whether `posterior` takes more elements of the observed set than in training, by
+            adding up scores (see `abduce.amortized.composition`). Then there are draws, but no
+            density.
 
     Example:
         >>> est = ab.npse(model, observed=["y"]).fit(jax.random.key(0), num_steps=10_000)
     """
     settings = {
         "head": "score", "width": width, "depth": depth, "context_dim": context_dim,
-        "num_networks": num_networks, "sets": sets, "precision": precision,
+        "num_networks": num_networks, "sets": sets, "precision": precision, "compose": compose,
     }  # fmt: skip
     return _make(
         "npse", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
@@ -224,5 +231,7 @@ def _make(
             )
     if settings.get("num_candidates") or settings.get("frame"):
         require_density(simulation["arguments"], name)
+    if settings.get("compose"):
+        require_composable(name, layout)
     made = Settings(**settings, missing=tuple(rates.items()))
     return PosteriorEstimator(name, layout, made, model, simulation, num_samples=num_samples)

@@ -79,7 +79,8 @@ class AmortizedLaw(JointLaw):
         """Of all latents."""
         return tuple(self.layout.addresses)
 
-    def _network(self, operands: Any) -> Any:
+    def networks(self, operands: Any) -> list[Any]:
+        """Those of the ensemble."""
         network = eqx.combine(operands[0], self.network.value)
         if self.settings.num_networks == 1:
             return [network]
@@ -95,7 +96,7 @@ class AmortizedLaw(JointLaw):
 
     def draw_with_density(self, key: Any, operands: Any) -> tuple[Any, Any]:
         """The vector, and its log density over coordinates and discrete latents."""
-        nets = self._network(operands)
+        nets = self.networks(operands)
         _, scales, example, _ = operands
         frame = self._frame(operands)
         k1, k2, k3 = jax.random.split(key, 3)
@@ -136,7 +137,7 @@ class AmortizedLaw(JointLaw):
 
     def score(self, u: Any, discrete: Any, operands: Any) -> Any:
         """Log density over coordinates `u` and discrete latents counted from 0."""
-        nets = self._network(operands)
+        nets = self.networks(operands)
         _, scales, example, _ = operands
         frame = self._frame(operands)
         centre, spread = scales["u"]

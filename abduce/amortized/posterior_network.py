@@ -52,6 +52,7 @@ class Settings:
     frame: bool | None = False
     missing: tuple[tuple[str, float], ...] = ()
     sets: str = "pool"
+    compose: bool = False
 
     def __post_init__(self):
         if self.head not in HEADS:
@@ -284,6 +285,19 @@ class PosteriorTask:
     def log_joint(self, v: Any, example: Any, data: Any) -> Any:
         """Log density of the model at standardized coordinates, up to a constant."""
         layout = self.layout
+        target, held, u = self._at(v, example, data)
+        if example["mask"] is None and example["missing"] is None:
+            return target(held, u)
+        total, records = self._scores(target, held, u)
+        for group in layout.groups:
+            for a in group.sites:
+                score = records[a]["score"]
+                total = total - jnp.sum(jnp.where(_absent(group, a, score, example), score, 0.0))
+        return total
+
+    def _at(self, v: Any, example: Any, data: Any) -> tuple[Any, Any, Any]:
+        """The target of the continuous latents, what it holds, and the point in it."""
+        layout = self.layout
         centre, spread = data["scales"]["u"]
         arguments = data["simulation"]["arguments"]
         if layout.arguments:
@@ -294,16 +308,19 @@ class PosteriorTask:
         with outside_scopes():
             program = stage_packed(arguments)
         target, held = continuous_target(layout, program, arguments, values)
-        u = centre + spread * v
-        if example["mask"] is None and example["missing"] is None:
-            return target(held, u)
+        return target, held, centre + spread * v
+
+    @staticmethod
+    def _scores(target: Any, held: Any, u: Any) -> tuple[Any, Any]:
         out = target.split_run(held, u, frozenset({"score"}))
-        total = out["log_density"] + out["weight"]
-        for group in layout.groups:
-            for a in group.sites:
-                score = out["records"][a]["score"]
-                total = total - jnp.sum(jnp.where(_absent(group, a, score, example), score, 0.0))
-        return total
+        return out["log_density"] + out["weight"], out["records"]
+
+    def log_prior(self, v: Any, example: Any, data: Any) -> Any:
+        """Log density of the latents alone at standardized coordinates, up to a constant."""
+        target, held, u = self._at(v, example, data)
+        total, records = self._scores(target, held, u)
+        scores = [records[a]["score"] for a in self.layout.observed if "score" in records[a]]
+        return total - sum(jnp.sum(x) for x in scores)
 
     def explain(self, batch: Any) -> str:
         for a, x in batch["observed"].items():
