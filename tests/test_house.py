@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "amortized": {"errors", "dist", "kernels", "ppl", "inference", "models"},
     "loading": {"errors", "inference", "amortized"},
     "demo": {"", "errors", "dist", "ppl", "inference", "models"},
-    "cli": {"demo"},
+    "cli": {"errors", "amortized", "demo"},
     "__main__": {"cli"},
 }
 # Where a part looks up instead: `Model.posterior` and `Model.prior` hand over when they are called.

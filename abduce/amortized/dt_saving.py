@@ -13,8 +13,8 @@ import numpy as np
 from abduce.amortized.dt_coordinates import Coordinates
 from abduce.amortized.dt_inputs import Plan, Scales
 from abduce.amortized.equivariance import ScaleEquivariance
-from abduce.amortized.saving import _layout as layout_from_saved
-from abduce.amortized.saving import fill, named_arrays
+from abduce.amortized.layout import Layout
+from abduce.amortized.saving import check_lengths, fill, named_arrays, typed
 from abduce.errors import AbduceError
 from abduce.inference.encoding import LoadError
 from abduce.inference.persistence import save_folder
@@ -59,15 +59,17 @@ def transformer_from_saved(
 
     try:
         plan = _plan(config["plan"])
-        shapes = [tuple(s) for s in config["features"]]
+        shapes = typed(list[tuple[int, ...]], config["features"], "features")
         num_samples, history = int(config["num_samples"]), dict(config["history"])
 
         def blank(shape):
-            return (jnp.zeros(shape), jnp.zeros(shape))
+            return (jax.ShapeDtypeStruct(shape, jnp.result_type(float)),) * 2
 
         scales = Scales(
             [blank(s) for s in shapes], blank((plan.prior.dim,)), blank((plan.target.dim,))
         )
+        sizes = {n: getattr(plan, n) for n in ("num_components", "num_layers", "width", "hidden")}
+        check_lengths(sizes, arrays, "network", where)
         network = eqx.filter_eval_shape(
             lambda key: make_network(plan, scales, key), jax.random.key(0)
         )
@@ -82,7 +84,7 @@ def _plan(stored: dict[str, Any]) -> Plan:
     stored = dict(stored)
     symmetry = stored["equivariance"]
     stored |= {
-        "layout": layout_from_saved(stored["layout"]),
+        "layout": typed(Layout, stored["layout"], "layout"),
         "families": tuple((a, f) for a, f in stored["families"]),
         "prior": Coordinates.from_config(stored["prior"]),
         "target": Coordinates.from_config(stored["target"]),

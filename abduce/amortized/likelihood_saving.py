@@ -13,7 +13,7 @@ import numpy as np
 from abduce.amortized.likelihood_estimator import LikelihoodEstimator
 from abduce.amortized.likelihood_model import SiteLaw
 from abduce.amortized.likelihood_network import LikelihoodSettings, SiteNetwork, SitePlan
-from abduce.amortized.saving import fill, named_arrays, tuples
+from abduce.amortized.saving import KeptReport, check_lengths, fill, named_arrays, typed
 from abduce.inference.encoding import LoadError
 from abduce.inference.mcmc.algorithms import nuts
 from abduce.inference.persistence import save_folder
@@ -21,7 +21,14 @@ from abduce.inference.persistence import save_folder
 __all__ = ["KIND", "likelihood_from_saved", "save_likelihood"]
 
 KIND = "likelihood estimator"
-_FIELDS = ("addresses", "latents", "shapes", "argument_shapes", "model_name")
+_SHAPES = tuple[tuple[str, tuple[int, ...]], ...]
+_FIELDS: dict[str, Any] = {
+    "addresses": tuple[str, ...],
+    "latents": _SHAPES,
+    "shapes": _SHAPES,
+    "argument_shapes": tuple[tuple[int, ...], ...] | None,
+    "model_name": str,
+}
 
 
 def save_likelihood(est: LikelihoodEstimator, path: Any, report: Any = None) -> Any:
@@ -33,7 +40,7 @@ def save_likelihood(est: LikelihoodEstimator, path: Any, report: Any = None) -> 
         "settings": dataclasses.asdict(est.settings),
         "plans": [dataclasses.asdict(law.plan) for law in laws.values()],
         "history": {k: np.asarray(v) for k, v in (est.history or {}).items()},
-        "checks": report,
+        "checks": None if report is None else dict(report),
     }
     arrays = {}
     for a, law in laws.items():
@@ -49,10 +56,13 @@ def likelihood_from_saved(config: dict[str, Any], arrays: dict[str, Any], where:
         LoadError: The contents do not fit together.
     """
     try:
-        fields = {f: tuples(config[f]) for f in _FIELDS}
-        settings = LikelihoodSettings(**config["settings"])
-        plans = [SitePlan(**{k: tuples(v) for k, v in p.items()}) for p in config["plans"]]
-        kind, history, report = config["estimator"], config["history"], config["checks"]
+        fields = {f: typed(hint, config[f], f) for f, hint in _FIELDS.items()}
+        settings = typed(LikelihoodSettings, config["settings"], "settings")
+        plans = typed(list[SitePlan], config["plans"], "plans")
+        kind = typed(str, config["estimator"], "estimator")
+        history = typed(dict, config["history"], "history")
+        report = typed(dict | None, config["checks"], "checks")
+        report = None if report is None else KeptReport(report)
         if kind not in ("nle", "nre"):
             raise ValueError(f"estimator {kind!r}")
     except (KeyError, TypeError, ValueError) as e:
@@ -60,18 +70,34 @@ def likelihood_from_saved(config: dict[str, Any], arrays: dict[str, Any], where:
     ratio = kind == "nre"
     laws = {}
     for plan in plans:
-        like = eqx.filter_eval_shape(
-            lambda key, plan=plan: SiteNetwork(key, plan, settings, ratio), jax.random.key(0)
+        prefix = f"network/{plan.address}"
+        lengths = {n: getattr(settings, n) for n in _lengths(plan, settings, ratio)}
+        check_lengths({**lengths, "elements": plan.dim}, arrays, prefix, where)
+        try:
+            like = eqx.filter_eval_shape(
+                lambda key, plan=plan: SiteNetwork(key, plan, settings, ratio), jax.random.key(0)
+            )
+        except Exception as e:  # garbled sizes and names fail in as many ways as there are layers
+            raise LoadError(f"{where}: config.json describes no network ({e}).") from e
+        network = fill(like, arrays, prefix, where)
+        value, operands = (
+            (jax.ShapeDtypeStruct((n,), jnp.result_type(float)),) * 2
+            for n in (plan.dim, plan.operand_dim)
         )
-        network = fill(like, arrays, f"network/{plan.address}", where)
-        value, operands = jnp.zeros(plan.dim), jnp.zeros(plan.operand_dim)
-        scales = {
-            "value": (value, value), "operands": (operands, operands),
-            "range": (operands, operands),
-        }  # fmt: skip
+        scales = {"value": value, "operands": operands, "range": operands}
         scales = fill(scales, arrays, f"scales/{plan.address}", where)
         laws[plan.address] = SiteLaw(network, scales, plan, ratio)
     return LikelihoodEstimator(
         kind=kind, settings=settings, model=None, simulation=None, sampler=nuts(), laws=laws,
         history=history, report=report, **fields,
     )  # fmt: skip
+
+
+def _lengths(plan: SitePlan, settings: LikelihoodSettings, ratio: bool) -> list[str]:
+    """Settings that are lengths of the network's arrays."""
+    if ratio:
+        return ["width", "depth"]
+    names = ["width", "depth", "context_dim"]
+    if plan.kind == "counts" or settings.head == "mixture":
+        return [*names, "num_components"]
+    return [*names, "num_bins", *(["num_layers"] if plan.dim > 1 else [])]

@@ -417,7 +417,10 @@ def from_saved(
         is_single = bool(config["is_single"])
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"{where}: lacks a setting, or has an odd one: {error!r}.") from error
-    network, constants, history = unpack(table, architecture, arrays)
+    try:
+        network, constants, history = unpack(table, architecture, arrays)
+    except LoadError as error:
+        raise LoadError(f"{where}: {error}") from error
     return PFN(
         arguments=None,
         table=table,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ import numpy as np
 from abduce.amortized.pfn_network import PFNNetwork
 from abduce.amortized.pfn_sites import Table, features
 from abduce.amortized.predictive import Predictive
-from abduce.errors import AbduceWarning, InvalidValue, MissingData, UnknownAddress, suggest
+from abduce.errors import InvalidValue, MissingData, UnknownAddress, suggest
+from abduce.inference.warning import warn
 from abduce.ppl import _jax
 from abduce.ppl.data import as_data
 from abduce.ppl.masked import Masked
@@ -55,12 +55,10 @@ def read_context(table: Table, context: Any) -> Points:
         return Points(empty, 0)
     points = _read(table, context, table.context, "context")
     if points.num > table.num_points:
-        warnings.warn(
+        warn([
             f"pfn: a context of {points.num} points; trained on data sets of "
-            f"{table.num_points}. Train on larger ones to rely on this.",
-            AbduceWarning,
-            stacklevel=4,
-        )
+            f"{table.num_points}. Train on larger ones to rely on this."
+        ])  # fmt: skip
     return points
 
 

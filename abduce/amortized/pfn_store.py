@@ -60,7 +60,10 @@ def unpack(
 
 def _network(table: Table, architecture: Architecture, arrays: Mapping[str, Any]) -> PFNNetwork:
     """A network with stored weights."""
-    template = eqx.filter_eval_shape(lambda: PFNNetwork(jax.random.key(0), table, architecture))
+    try:
+        template = eqx.filter_eval_shape(lambda: PFNNetwork(jax.random.key(0), table, architecture))
+    except Exception as e:  # garbled sizes and names fail in as many ways as there are layers
+        raise LoadError(f"config.json describes no network ({e!r}).") from e
     found = []
     for name, x in _named(template).items():
         if name not in arrays:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -10,17 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.amortized.layout import Discrete, Group, Latent, Layout
-from abduce.amortized.networks import stacked
+from abduce.amortized.layout import Layout
 from abduce.amortized.novelty import Novelty
 from abduce.amortized.posterior_network import PosteriorNetwork, Settings
 from abduce.amortized.probes import Probes
 from abduce.inference.encoding import LoadError
 from abduce.inference.persistence import save_folder
 
-__all__ = ["KIND", "estimator_from_saved", "fill", "named_arrays", "save_estimator", "tuples"]
+__all__ = [
+    "KIND",
+    "KeptReport",
+    "check_lengths",
+    "estimator_from_saved",
+    "fill",
+    "named_arrays",
+    "save_estimator",
+    "typed",
+]
 
 KIND = "posterior estimator"
+
+
+@jax.tree_util.register_static
+class KeptReport(dict):
+    """The checks an estimator was saved with: a dict that compiled programs do not take apart.
+
+    An estimator is handed to them whole, and the strings in a report are no arrays.
+    """
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True, default=str))
 
 
 def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
@@ -39,7 +62,8 @@ def fill(like: Any, arrays: dict[str, Any], prefix: str, where: str) -> Any:
         where: The folder, for messages.
 
     Raises:
-        LoadError: An array is missing, superfluous, or of another shape.
+        LoadError: An array is missing, superfluous, of another shape, or holds no real numbers
+            where they are needed.
     """
     used = set()
 
@@ -55,6 +79,8 @@ def fill(like: Any, arrays: dict[str, Any], prefix: str, where: str) -> Any:
                 f"{where}: the array {name!r} has shape {tuple(np.shape(found))}; the settings "
                 f"ask for {tuple(x.shape)}."
             )
+        if jnp.issubdtype(x.dtype, jnp.inexact) != jnp.issubdtype(found.dtype, jnp.inexact):
+            raise LoadError(f"{where}: the array {name!r} has dtype {found.dtype}, not {x.dtype}.")
         used.add(name)
         return jnp.asarray(found)
 
@@ -75,7 +101,7 @@ def save_estimator(est: Any, path: Any, report: Any = None) -> Any:
         "features": [list(np.shape(c)) for c, _ in est.scales["features"]],
         "shapes": [list(s) for s in feature_shapes(est)],
         "history": {k: np.asarray(v) for k, v in (est.history or {}).items()},
-        "checks": report,
+        "checks": None if report is None else dict(report),
     }
     arrays = named_arrays(est.network, "network")
     arrays |= named_arrays(est.scales, "scales")
@@ -121,27 +147,41 @@ def estimator_from_saved(config: dict[str, Any], arrays: dict[str, Any], where: 
     from abduce.amortized.estimator import PosteriorEstimator
 
     try:
-        layout = _layout(config["layout"])
+        layout = typed(Layout, config["layout"], "layout")
         settings = _settings(config["settings"], where)
-        shapes = [tuple(s) for s in config["shapes"]]
-        kind, num_samples = config["estimator"], config["num_samples"]
-        history, report = config["history"], config["checks"]
+        shapes = typed(list[tuple[int, ...]], config["shapes"], "shapes")
+        features = typed(list[tuple[int, ...]], config["features"], "features")
+        kind = typed(str, config["estimator"], "estimator")
+        num_samples = typed(int, config["num_samples"], "num_samples")
+        history = typed(dict, config["history"], "history")
+        report = typed(dict | None, config["checks"], "checks")
+        report = None if report is None else KeptReport(report)
+        if num_samples < 1:
+            raise ValueError(f"num_samples {num_samples}")
+        if [s[-1:] for s in shapes] != features or len(shapes) != len(layout.groups):
+            raise ValueError(f"shapes {shapes} of features {features}")
     except (KeyError, TypeError, ValueError) as e:
         raise LoadError(f"{where}: config.json lacks or garbles {e}.") from None
 
-    def make(key):
-        return PosteriorNetwork(key, layout, settings, shapes)
+    def blank(shape):
+        return (jax.ShapeDtypeStruct(shape, jnp.result_type(float)),) * 2
 
-    network = eqx.filter_eval_shape(make, jax.random.key(0))
-    if settings.num_networks > 1:
-        network = eqx.filter_eval_shape(lambda n: stacked([n] * settings.num_networks), network)
-    network = fill(network, arrays, "network", where)
-    scalars = jnp.zeros(layout.dim)
-    scales = {
-        "u": (scalars, scalars),
-        "features": [(jnp.zeros(s), jnp.zeros(s)) for s in map(tuple, config["features"])],
-    }
+    scales = {"u": blank((layout.dim,)), "features": [blank(s) for s in features]}
     scales = fill(scales, arrays, "scales", where)
+    _check_network(layout, settings, arrays, where)
+    try:
+        network = eqx.filter_eval_shape(
+            lambda key: PosteriorNetwork(key, layout, settings, shapes), jax.random.key(0)
+        )
+    except Exception as e:  # garbled sizes and names fail in as many ways as there are layers
+        raise LoadError(f"{where}: config.json describes no network ({e}).") from e
+    if settings.num_networks > 1:
+        network = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((settings.num_networks, *x.shape), x.dtype)
+            if isinstance(x, jax.ShapeDtypeStruct) else x,
+            network,
+        )  # fmt: skip
+    network = fill(network, arrays, "network", where)
     novelty = Novelty(
         **{
             f.name: _one(arrays, f"novelty.{f.name}", where)
@@ -168,30 +208,9 @@ def estimator_from_saved(config: dict[str, Any], arrays: dict[str, Any], where: 
 def _one(arrays: dict[str, Any], name: str, where: str) -> np.ndarray:
     if name not in arrays:
         raise LoadError(f"{where}: the array {name!r} is missing.")
-    return np.asarray(arrays[name])
-
-
-def tuples(x: Any) -> Any:
-    """JSON's lists as the tuples they were."""
-    return tuple(tuples(y) for y in x) if isinstance(x, (list, tuple)) else x
-
-
-def _layout(stored: dict[str, Any]) -> Layout:
-    stored = dict(stored)
-    return Layout(
-        **{
-            **{k: tuples(v) for k, v in stored.items()},
-            "latents": tuple(
-                Latent(**{**d, "shape": tuple(d["shape"])}) for d in stored["latents"]
-            ),
-            "discrete": tuple(
-                Discrete(**{**d, "shape": tuple(d["shape"])}) for d in stored["discrete"]
-            ),
-            "groups": tuple(
-                Group(**{k: tuples(v) for k, v in d.items()}) for d in stored["groups"]
-            ),
-        }
-    )
+    if not isinstance(arrays[name], np.ndarray):
+        raise LoadError(f"{where}: {name!r} is a random key, not numbers.")
+    return arrays[name]
 
 
 def _settings(stored: dict[str, Any], where: str) -> Settings:
@@ -202,7 +221,72 @@ def _settings(stored: dict[str, Any], where: str) -> Settings:
             f"{where}: the settings {', '.join(unknown)} are unknown to this release. Upgrade with "
             f"`pip install -U abduce`."
         )
-    stored = dict(stored)
-    if "missing" in stored:
-        stored["missing"] = tuple(tuple(x) for x in stored["missing"])
-    return Settings(**stored)
+    return typed(Settings, stored, "settings")
+
+
+def typed(hint: Any, value: Any, name: str) -> Any:
+    """A stored value as a declared type: dataclasses were stored as dicts, tuples maybe as lists.
+
+    Raises:
+        ValueError: It is something else; the message has its name.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, np.ndarray) and not value.ndim:  # a NumPy scalar was stored
+        value = value.item()
+    if origin in (types.UnionType, typing.Union):
+        present = [a for a in args if a is not types.NoneType]
+        return None if value is None else typed(present[0], value, name)
+    if origin in (tuple, list):
+        if isinstance(value, (tuple, list)):
+            each = args if origin is tuple and args[-1] is not ... else args[:1] * len(value)
+            if len(each) == len(value):
+                items = enumerate(zip(each, value, strict=True))
+                return origin(typed(a, v, f"{name}/{i}") for i, (a, v) in items)
+    elif hasattr(hint, "__dataclass_fields__"):
+        hints = typing.get_type_hints(hint)
+        if isinstance(value, dict) and set(value) <= set(hints):
+            return hint(**{k: typed(hints[k], v, f"{name}/{k}") for k, v in value.items()})
+    elif type(value) is hint or (hint is float and type(value) is int):
+        return value
+    raise ValueError(f"{name}, which is {str(value)[:40]!r} instead of {hint}")
+
+
+def check_lengths(lengths: Mapping[str, int], arrays: Any, prefix: str, where: str) -> None:
+    """Every length that the settings ask for is that of some array, every layer has arrays.
+
+    A network is built from the settings before its arrays are compared with the stored ones;
+    garbled settings would ask for more than time and memory allow.
+
+    Args:
+        lengths: Widths and counts by name.
+        arrays: By name.
+        prefix: Of the names of the network's arrays.
+        where: The folder, for messages.
+
+    Raises:
+        LoadError: A length is out of reach.
+    """
+    stored = [np.shape(x) for n, x in arrays.items() if n.startswith(prefix)]
+    most = max([len(stored), *(n for s in stored for n in s)])
+    for name, length in lengths.items():
+        if length > most:
+            raise LoadError(
+                f"{where}: the settings ask for {name} {length}, but no array of the network is "
+                f"that large."
+            )
+
+
+def _check_network(layout: Layout, settings: Settings, arrays: Any, where: str) -> None:
+    names = ["width", "context_dim", "depth"]
+    if layout.dim and settings.head == "mixture":
+        names.append("num_components")
+    if layout.dim and settings.head in ("spline", "coupling"):
+        names.append("num_bins")
+        if layout.dim > 1:  # a single coordinate has a single layer
+            names.append("num_layers")
+    lengths = {n: getattr(settings, n) for n in names}
+    check_lengths(lengths, arrays, "network", where)
+    drawn = sum(d.size for d in layout.discrete)
+    nets = np.shape(arrays.get("network.choices.nets.first.bias", ()))
+    if layout.discrete and nets[-2:-1] != (drawn,):
+        raise LoadError(f"{where}: there are no networks for {drawn} discrete latents.")

@@ -6,10 +6,14 @@ killed and resumed from its checkpoint ends bit for bit where an undisturbed one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -174,12 +178,13 @@ class _Run:
                     count = min(per_call, _BUFFER, boundary - self.step,
                                 recipe.num_steps - self.step)  # fmt: skip
                     start = time.perf_counter()
-                    self._advance(count)
-                    elapsed = max(time.perf_counter() - start, 1e-6)
+                    with _whole():
+                        self._advance(count)
+                        elapsed = max(time.perf_counter() - start, 1e-6)
+                        if self.step == boundary or self.step == recipe.num_steps:
+                            stopped = self._validate()
                     wanted = count * _SECONDS_PER_CALL / elapsed
                     per_call = max(1, int(min(8 * per_call, wanted)))
-                    if self.step == boundary or self.step == recipe.num_steps:
-                        stopped = self._validate()
                     now = time.perf_counter()
                     rate = recipe.batch_size * recipe.accumulate * (self.step - first)
                     bar.update(self.step, f"loss {self._recent():.4g}, "
@@ -305,6 +310,27 @@ class _Run:
         self.validations = list(
             zip(config["validation_step"].tolist(), config["validation_loss"].tolist(), strict=True)
         )
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done.
+
+    It would come while Python waits for the device, when the weights have moved on and the step's
+    number has not: a checkpoint written then would repeat those steps.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
 
 
 def _fingerprint(config: _Config, state: Any, key: Any) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.errors import AbduceWarning, InvalidValue, UnknownAddress, suggest
+from abduce.errors import InvalidValue, UnknownAddress, suggest
 from abduce.inference import weighting
 from abduce.inference.problem import Problem, make_problem
+from abduce.inference.warning import warn
 from abduce.ppl.masked import Masked
 from abduce.ppl.program import Arguments
 
 __all__ = ["Posterior", "make_posterior", "prior_posterior", "with_warnings"]
 
-_INSIDE = ("abduce", "equinox", "jax")  # packages whose frames are not the user's
 
 
 class Posterior(eqx.Module):
@@ -435,8 +433,7 @@ class _Text(str):
 
 def with_warnings(post: Posterior, messages: list[str]) -> Posterior:
     """The posterior with more warnings, which are raised."""
-    for message in messages:
-        warnings.warn(message, AbduceWarning, stacklevel=_users_level())
+    warn(messages)
     return dataclasses.replace(post, warnings=(*post.warnings, *messages))
 
 
@@ -456,8 +453,7 @@ def make_posterior(
     sites = problem.program.sites
     messages = messages or []
     draws = {a: _hide_inactive(draws[a], (active or {}).get(a)) for a in sites if a in draws}
-    for message in messages:
-        warnings.warn(message, AbduceWarning, stacklevel=_users_level())
+    warn(messages)
     used = {d for a in sites for d in sites[a].dims if d}
     return Posterior(
         draws=draws,
@@ -480,14 +476,6 @@ def make_posterior(
         algorithm=algorithm,
         resume=resume,
     )
-
-
-def _users_level() -> int:
-    """Stack level, for `warnings.warn` in the calling function, of the line that called abduce."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _hide_inactive(x: Any, active: Any) -> Any:

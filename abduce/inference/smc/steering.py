@@ -21,7 +21,6 @@ language models Lew et al. (2023), arXiv 2306.03081, and Puri et al. (2025), arX
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -30,12 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abduce.errors import AbduceWarning, Degenerate, InvalidAlgorithm, MissingKey
+from abduce.errors import Degenerate, InvalidAlgorithm, MissingKey
 from abduce.inference.algorithm import check_count
 from abduce.inference.smc.population import Resampling
 from abduce.inference.smc.steered import SequenceChain, SequencePath, Steered
 from abduce.inference.smc.steering_checks import as_state, check_program
 from abduce.inference.smc.steering_sweep import draw_path, sweep
+from abduce.inference.warning import warn
 from abduce.ppl import _jax
 
 __all__ = ["steer"]
@@ -210,20 +210,16 @@ class steer(eqx.Module):
     def _warn(self, out: Steered) -> None:
         unfinished, invalid = int(out.num_unfinished), int(out.num_invalid)
         if unfinished and self.unfinished == "keep":
-            warnings.warn(
+            warn([
                 f"ab.steer: {unfinished} of {self.num_particles} sequences have not ended after "
                 f"max_steps={self.max_steps} tokens; they carry the weight of their prefix. Raise "
-                f'max_steps, or leave them out with unfinished="discard".',
-                AbduceWarning,
-                stacklevel=3,
-            )
+                f'max_steps, or leave them out with unfinished="discard".'
+            ])  # fmt: skip
         if invalid:
-            warnings.warn(
+            warn([
                 f"ab.steer: {invalid} potentials or log probabilities were NaN or +inf and count "
-                f"as weight zero. Look for invalid operations in `potential` and `next`.",
-                AbduceWarning,
-                stacklevel=3,
-            )
+                f"as weight zero. Look for invalid operations in `potential` and `next`."
+            ])  # fmt: skip
 
 
 @eqx.filter_jit
