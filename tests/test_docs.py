@@ -22,7 +22,15 @@ def _load(path):
 execute = _load(ROOT / "docs" / "execute.py")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+# Pages that train networks or run long filters: a minute or more of compiling each.
+LONG = {"amortized", "distribution_transformer", "likelihoods", "particles", "pfn", "variational"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else [],
+                  id=p.relative_to(ROOT).as_posix()) for p in PAGES],
+)  # fmt: skip
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what a page writes is not left in the repository
     execute.run_page(page)

@@ -22,7 +22,6 @@ from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, make_
 from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings, fits
 from abduce.amortized.probes import Probes, make_probes, verify
 from abduce.amortized.reading import check_sites, read_example, require_fitted
-from abduce.amortized.rows import Rows
 from abduce.amortized.training import train
 from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, NotFitted
 from abduce.inference.algorithm import Algorithm, check_count
@@ -35,7 +34,6 @@ from abduce.ppl.program import stage_packed
 
 __all__ = ["PosteriorEstimator"]
 
-_SCALE_DRAWS = 2048
 _CANDIDATES = 7  # where the model's density is used by default
 _FEW = 8  # coordinates up to which it is: draws of an autoregressive flow take a pass for each
 
@@ -147,18 +145,18 @@ class PosteriorEstimator(eqx.Module, Algorithm):
                 f"Make a new one with ab.{self.name}(model, ...)."
             )
         k_rows, k_scales, k_network, k_train = jax.random.split(key, 4)
-        rows, held, recipe = plan_run(
+        plan = plan_run(
             self.name, simulate=lambda num: self.simulate(k_rows, num), check=self._check_rows,
             budget=budget, data=data, num_steps=num_steps, batch_size=batch_size,
             learning_rate=learning_rate, weight_decay=weight_decay, accumulate=accumulate, ema=ema,
             validate_every=validate_every, patience=patience,
         )  # fmt: skip
-        few = 0 < self.layout.dim <= _FEW and rows is None and self._has_density()
+        few = 0 < self.layout.dim <= _FEW and plan.rows is None and self._has_density()
         settings = self.settings
         if settings.num_candidates is None:
             settings = dataclasses.replace(settings, num_candidates=_CANDIDATES if few else 0)
         task = PosteriorTask(self.layout, dataclasses.replace(settings, frame=False))
-        sample = self._examples(task, k_scales, rows)
+        sample = self._examples(task, k_scales, plan.sample)
         scales, shapes = self._scales(sample)
         if settings.frame is None:
             plain = not self.layout.discrete and not self.layout.conditional
@@ -168,13 +166,13 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         me = dataclasses.replace(self, settings=settings)
         network = me._new_network(k_network, shapes)
         out = train(
-            task, network, k_train, {"simulation": self.simulation, "scales": scales}, recipe,
-            rows=rows, held_out=held, checkpoint_dir=checkpoint_dir, mesh=mesh,
+            task, network, k_train, {"simulation": self.simulation, "scales": scales}, plan.recipe,
+            rows=plan.rows, held_out=plan.held, checkpoint_dir=checkpoint_dir, mesh=mesh,
             progress_bar=progress_bar, name=self.name,
         )  # fmt: skip
         fitted = dataclasses.replace(
             self, settings=settings, scales=scales, network=out.network, history=out.history,
-            probes=make_probes(self.layout, self.simulation, k_scales),
+            probes=make_probes(self.layout, self.simulation, plan.sample),
         )
         return dataclasses.replace(fitted, novelty=measure(fitted, sample))
 
@@ -235,7 +233,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             sites = stage_packed(self.simulation["arguments"]).sites
         return all(s.has_density for s in sites.values() if s.kind == "sample")
 
-    def simulate(self, key: Any, num: int, batch_size: int = 4096) -> dict[str, np.ndarray]:
+    def simulate(self, key: Any, num: int, batch_size: int = 2048) -> dict[str, np.ndarray]:
         """Simulations as `fit(data=...)` takes them, one row each.
 
         Args:
@@ -255,13 +253,8 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             shapes |= {f"arguments/{i}": s for i, s in enumerate(layout.arguments)}
         return check_rows(self.name, data, shapes, layout.model_name)
 
-    def _examples(self, task: PosteriorTask, key: Any, rows: Rows | None) -> Any:
-        data = {"simulation": self.simulation, "scales": None}
-        if rows is None:
-            sample = _simulate_task(task, _SCALE_DRAWS, key, data)
-        else:
-            batch = next(rows.in_order(_SCALE_DRAWS))
-            sample = _read_task(task, batch, key, data)
+    def _examples(self, task: PosteriorTask, key: Any, rows: dict[str, Any]) -> Any:
+        sample = _read_task(task, rows, key, {"simulation": self.simulation, "scales": None})
         for a, x in sample["observed"].items():
             if not np.isfinite(np.asarray(x, np.float64)).any():
                 raise Degenerate(f"ab.{self.name}.fit: no simulated value of {a!r} is finite.")
@@ -471,9 +464,6 @@ def _features_of(layout: Layout, sample: Any) -> Any:
 
 
 _raw_features = jax.jit(_features_of, static_argnums=0)
-_simulate_task = jax.jit(
-    lambda task, num, key, data: task.simulate(key, num, data), static_argnums=(0, 1)
-)
 _read_task = jax.jit(
     lambda task, rows, key, data: task.read(rows, key, data), static_argnums=0
 )

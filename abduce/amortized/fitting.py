@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,27 @@ from abduce.amortized.rows import Rows, split_rows
 from abduce.errors import InvalidAlgorithm, InvalidValue
 from abduce.inference.algorithm import check_count
 
-__all__ = ["check_rows", "plan_run", "simulate_rows", "with_arguments"]
+__all__ = ["RunPlan", "check_rows", "plan_run", "simulate_rows", "with_arguments"]
+
+
+_SAMPLE = 2048  # simulations that scales are read off
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What a training run begins with.
+
+    Attributes:
+        rows: Simulations to train on; None: every step makes its own.
+        held: Simulations for validation.
+        recipe: How to optimize.
+        sample: Up to 2048 simulations by address, for scales.
+    """
+
+    rows: Rows | None
+    held: Rows
+    recipe: Recipe
+    sample: dict[str, Any]
 
 
 def simulate_rows(
@@ -109,10 +130,12 @@ def plan_run(
     validate_every: int | None,
     patience: int | None,
     **settings: Any,
-) -> tuple[Rows | None, Rows | None, Recipe]:
-    """Rows to train on, rows held out, and the recipe; the rows are None for fresh simulations.
+) -> RunPlan:
+    """What a run begins with.
 
     A fixed set is trained on for about 60 epochs, and stops once the held-out loss no longer falls.
+    With fresh simulations, those for scales and for validation come from one program, apart from
+    the training step: samplers are long to compile.
 
     Args:
         name: Of the estimator, for messages.
@@ -124,7 +147,6 @@ def plan_run(
     if budget is not None and data is not None:
         raise InvalidAlgorithm(f"ab.{name}.fit: budget= and data= exclude each other.")
     rows: Rows | None = None
-    held: Rows | None = None
     fixed = budget is not None or data is not None
     if fixed:
         if data is None:
@@ -138,8 +160,14 @@ def plan_run(
         validate_every = validate_every or max(100, epoch)
         patience = patience or 20
         batch_size = rows.batch_size
+        sample = next(rows.in_order(_SAMPLE))
+    else:
+        arrays = simulate(2 * _SAMPLE)
+        sample = {a: x[:_SAMPLE] for a, x in arrays.items()}
+        rest = {a: x[_SAMPLE : _SAMPLE + max(2, 4 * batch_size)] for a, x in arrays.items()}
+        held = Rows(rest, batch_size)
     recipe = Recipe(
         num_steps=num_steps or 10_000, batch_size=batch_size, validate_every=validate_every,
         patience=patience, keep_best=fixed, **settings,
     )  # fmt: skip
-    return rows, held, recipe
+    return RunPlan(rows, held, recipe, sample)

@@ -34,7 +34,6 @@ from abduce.ppl.replay import Given
 
 __all__ = ["LikelihoodEstimator"]
 
-_SAMPLE = 2048  # simulations that scales are read off
 _LOOK = 256  # posterior draws whose operands are compared with those of training
 
 
@@ -131,18 +130,17 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
                 f"Make a new one with ab.{self.name}(model, ...)."
             )
         k_rows, k_sample, k_network, k_train = jax.random.split(key, 4)
-        rows, held, recipe = plan_run(
+        plan = plan_run(
             self.name, simulate=lambda num: self.simulate(k_rows, num), check=self._check_rows,
             budget=budget, data=data, num_steps=num_steps, batch_size=batch_size,
             learning_rate=learning_rate, weight_decay=weight_decay, accumulate=accumulate, ema=ema,
             validate_every=validate_every, patience=patience,
         )  # fmt: skip
-        if recipe.batch_size < 2:
+        if plan.recipe.batch_size < 2:
             raise InvalidAlgorithm(f"ab.{self.name}.fit: batch_size must be at least 2.")
         ratio = self.kind == "nre"
         task = LikelihoodTask((), self.addresses, ratio)
-        stored = None if rows is None else next(rows.in_order(_SAMPLE))
-        sample = _sample(task, _SAMPLE, k_sample, {"simulation": self.simulation}, stored)
+        sample = _read(task, plan.sample, k_sample, {"simulation": self.simulation})
         plans, scales, networks = [], {}, {}
         with outside_scopes():
             sites = stage_packed(self.simulation["arguments"]).sites
@@ -151,17 +149,17 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
             bad = self._not_finite(values, operands)
             if bad:
                 raise Degenerate(f"ab.{self.name}.fit: {task.explain({a: (values, operands)})}")
-            plan = make_plan(self.name, sites[a], values, operands)
-            plans.append(plan)
-            scales[a] = make_scales(plan, values, operands)
+            site = make_plan(self.name, sites[a], values, operands)
+            plans.append(site)
+            scales[a] = make_scales(site, values, operands)
             k = jax.random.fold_in(k_network, i)
-            networks[a] = SiteNetwork(k, plan, self.settings, ratio)
+            networks[a] = SiteNetwork(k, site, self.settings, ratio)
         s = self.settings
         task = LikelihoodTask(tuple(plans), self.addresses, ratio, s.num_contrast, s.balance)
         out = train(
-            task, networks, k_train, {"simulation": self.simulation, "scales": scales}, recipe,
-            rows=rows, held_out=held, checkpoint_dir=checkpoint_dir, mesh=mesh,
-            progress_bar=progress_bar, name=self.name,
+            task, networks, k_train, {"simulation": self.simulation, "scales": scales},
+            plan.recipe, rows=plan.rows, held_out=plan.held, checkpoint_dir=checkpoint_dir,
+            mesh=mesh, progress_bar=progress_bar, name=self.name,
         )  # fmt: skip
         laws = {p.address: SiteLaw(out.network[p.address], scales[p.address], p, ratio)
                 for p in plans}  # fmt: skip
@@ -172,7 +170,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         parts = [np.asarray(x) for x in (values, *operands)]
         return any(not np.isfinite(x).all() for x in parts if x.dtype.kind == "f")
 
-    def simulate(self, key: Any, num: int, batch_size: int = 4096) -> dict[str, np.ndarray]:
+    def simulate(self, key: Any, num: int, batch_size: int = 2048) -> dict[str, np.ndarray]:
         """Simulations as `fit(data=...)` takes them, one row each.
 
         Args:
@@ -318,13 +316,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         return f"<ab.{self.kind} of {self.model_name}, {state}>"
 
 
-def _sample_now(task, num, key, data, rows):
-    if rows is None:
-        return task.simulate(key, num, data)
-    return task.read(rows, key, data)
-
-
-_sample = jax.jit(_sample_now, static_argnums=(0, 1))
+_read = jax.jit(lambda task, rows, key, data: task.read(rows, key, data), static_argnums=0)
 
 
 def _outside(addresses, ranges, draws, given, arguments):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.layout import Layout
-from abduce.amortized.posing import draw_values
 from abduce.errors import InvalidModel
 from abduce.inference.problem import Problem
 from abduce.ppl.operations import outside_scopes, run_program
@@ -49,19 +48,17 @@ def _inside(arguments: Arguments) -> int:
     return len(pack(arguments.unpack()[0], (), {}).dynamic)
 
 
-def make_probes(layout: Layout, simulation: Any, key: Any) -> Probes:
-    """Draws from the model of training."""
-
-    def one(key):
-        values, arguments = draw_values(simulation, key)
-        return values, arguments.dynamic
-
-    inside = _inside(simulation["arguments"])
-    values, dynamic = jax.jit(jax.vmap(one))(jax.random.split(key, _NUM))
-    rest = tuple(np.asarray(x) for x in dynamic[inside:])
-    values = {a: np.asarray(x) for a, x in values.items()}
-    scores = _scores(simulation["arguments"], values, rest, inside)
-    return Probes(values, rest, scores)
+def make_probes(layout: Layout, simulation: Any, rows: dict[str, Any]) -> Probes:
+    """From simulations of training, one row each."""
+    arguments, inside = simulation["arguments"], _inside(simulation["arguments"])
+    values = {a: np.asarray(rows[a][:_NUM]) for a in (*layout.addresses, *layout.observed)}
+    rest = tuple(
+        np.asarray(rows[f"arguments/{i}"][:_NUM])
+        if layout.designs
+        else np.broadcast_to(np.asarray(x), (_NUM, *np.shape(x)))
+        for i, x in enumerate(arguments.dynamic)
+    )[inside:]
+    return Probes(values, rest, _scores(arguments, values, rest, inside))
 
 
 def _scores(arguments: Arguments, values: Any, rest: Any, inside: int) -> dict[str, np.ndarray]:
