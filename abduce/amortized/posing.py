@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from abduce.errors import InvalidAlgorithm, UnknownAddress, suggest
-from abduce.inference.problem import Problem, make_problem
+from abduce.inference.problem import Problem, accepts, make_problem
 from abduce.ppl.model import Model
 from abduce.ppl.operations import outside_scopes, run_program
 from abduce.ppl.program import Arguments, pack, stage_packed
@@ -59,8 +59,14 @@ def pose(
     """The model staged on its arguments, or on a draw of them, and what draws them.
 
     Raises:
-        InvalidAlgorithm: `designs=` is no Model, or comes with arguments.
+        InvalidAlgorithm: `designs=` is no Model, or comes with arguments; a keyword is neither a
+            setting nor an argument of the model.
     """
+    for keyword in kwargs:
+        if not accepts(model, keyword, or_any=True):
+            raise InvalidAlgorithm(
+                f"ab.{name} has no setting {keyword!r}, and `{model.name}` no such argument."
+            )
     drawn = None
     if designs is not None:
         if not isinstance(designs, Model):

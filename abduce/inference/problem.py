@@ -19,7 +19,7 @@ from abduce.ppl.operations import prepare_given, require_density
 from abduce.ppl.program import Arguments, Program, SiteInfo
 from abduce.ppl.replay import Given
 
-__all__ = ["Problem", "lost_sites", "make_problem"]
+__all__ = ["Problem", "accepts", "lost_sites", "make_problem"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def make_problem(
     for value in [*args, *kwargs.values(), *data]:
         coords.update(labels_of(value))
     named = {}
-    if "coords" in kwargs and not _accepts(model, "coords"):
+    if "coords" in kwargs and not accepts(model, "coords"):
         named = _as_coords(kwargs.pop("coords"))
     bare = model if model.algorithm is None else model.with_algorithm(None)
     program, arguments = bare._stage(args, kwargs)
@@ -147,11 +147,16 @@ def make_problem(
     return Problem(bare, program, arguments, checked, args, kwargs, coords)
 
 
-def _accepts(model: Any, name: str) -> bool:
+def accepts(model: Any, name: str, *, or_any: bool = False) -> bool:
+    """Whether a model's function has an argument of this name (or, with `or_any`, takes any)."""
     while hasattr(model, "base"):
         model = model.base
     fn = getattr(model, "fn", None)
-    return fn is not None and name in inspect.signature(fn).parameters
+    if fn is None:
+        return False
+    parameters = inspect.signature(fn).parameters
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (or_any and is_open)
 
 
 def _as_coords(coords: Any) -> dict[str, list[Any]]:

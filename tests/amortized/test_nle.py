@@ -247,6 +247,8 @@ def test_messages():
         ab.nle(normal, 4, observed="y", head="x")
     with pytest.raises(InvalidAlgorithm, match="sampler= is an algorithm"):
         ab.nre(normal, 4, observed="y", sampler="nuts")
+    with pytest.raises(InvalidAlgorithm, match="no setting 'context_dim', and `normal` no such"):
+        ab.nre(normal, 4, observed="y", context_dim=3)
     with pytest.raises(NotFitted, match="is not trained"):
         ab.nle(normal, 4, observed="y")(normal)
 
