@@ -20,6 +20,12 @@ FULL = [
     ["benchmarks.tempering"],
     ["benchmarks.updating"],
     ["benchmarks.sequence"],
+    ["benchmarks.flows"],
+    ["benchmarks.vi"],
+    ["benchmarks.amortized"],
+    ["benchmarks.distribution_transformer"],
+    ["benchmarks.pfn"],
+    ["benchmarks.sbibm"],
 ]
 QUICK_POSTERIORS = [
     "arK-arK",

@@ -21,6 +21,7 @@ from abduce.amortized.likelihood_network import (
 )
 from abduce.amortized.likelihood_task import LikelihoodTask
 from abduce.amortized.operands import elements
+from abduce.amortized.posing import pose
 from abduce.amortized.reading import require_fitted
 from abduce.amortized.training import train
 from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, NotFitted
@@ -285,7 +286,8 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         require_fitted(self)
         if self.model is None:
             raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from."
+                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
+                f"Write est.with_model(model, *args).check(key)."
             )
         designs = None
         if not args and not kwargs:
@@ -298,6 +300,23 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
             num_datasets=num_datasets, num_samples=num_samples, budget=budget, alpha=alpha,
             **kwargs,
         )  # fmt: skip
+
+    def with_model(self, model: Model, *args: Any, designs: Model | None = None, **kwargs: Any):
+        """A loaded estimator with its model again, for `check`.
+
+        Args:
+            model: The model of training.
+            *args, **kwargs: Its arguments.
+            designs: Or the Model that draws them.
+
+        Raises:
+            InvalidModel: A learned site is not what it was in training.
+        """
+        require_fitted(self)
+        problem, drawn = pose(self.name, model, args, kwargs, designs, jax.random.key(0))
+        make_problem(self.as_model(problem.model), problem.args, None, problem.kwargs, None)
+        simulation = {"arguments": problem.arguments, "designs": drawn}
+        return dataclasses.replace(self, model=problem.model, simulation=simulation)
 
     def save(self, path: Any, *, checks: Any = None) -> Any:
         """Writes the estimator as a folder, without the model; `ab.load` reads it.

@@ -356,8 +356,8 @@ def check(folder: Any, recipe: Any, *, budget: float | None = 60.0) -> int:
             if not is_checkable(what):
                 raise InvalidAlgorithm(
                     f"{which} holds an ab.{what.name}, which has no checks that run on a saved "
-                    f"estimator; ab.npe, ab.fmpe and ab.npse have. Compare its answers with those "
-                    f"of another algorithm: see ab.amortized.checks and docs/checks.md."
+                    f"estimator; ab.npe, ab.fmpe, ab.npse, ab.nle and ab.nre have. Compare its "
+                    f"answers with those of another algorithm: see docs/checks.md."
                 )
         simulation = mine.simulation
         if simulation["designs"] is not None:

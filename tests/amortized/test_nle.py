@@ -273,3 +273,21 @@ def test_another_site_is_refused(fitted):
         fitted.as_model(pairs).simulate(jax.random.key(0), 3)
     with pytest.raises(InvalidModel, match="lacks 'y'"):
         fitted(normal).posterior(jax.random.key(0), 3, given={"a": 0.3})
+
+
+def test_a_loaded_estimator_gets_its_model_back(fitted, tmp_path):
+    fitted.save(tmp_path / "e")
+    loaded = ab.load(tmp_path / "e")
+    with pytest.raises(NotFitted, match="with_model"):
+        loaded.check(jax.random.key(0))
+    again = loaded.with_model(normal, 4)
+    rows = again.simulate(jax.random.key(1), 5)
+    assert {a: x.shape for a, x in rows.items()} == {"a": (5,), "b": (5,), "y": (5, 4)}
+
+    @ab.model
+    def other(n):
+        a = ab.sample("a", dist.Normal(0.0, 1.0))
+        jax.vmap(lambda _: ab.sample("y", dist.Simulator(noisy, a, 2.0)))(jnp.arange(n))
+
+    with pytest.raises(InvalidModel, match="learned for elements"):
+        loaded.with_model(other, 4)
