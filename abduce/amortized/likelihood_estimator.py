@@ -201,7 +201,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         require_fitted(self)
         return Algorithm.__call__(self, m)
 
-    def as_model(self, model: Any = None) -> Model:
+    def learned_model(self, model: Any = None) -> Model:
         """The model with the learned laws in the place of its simulators.
 
         Every algorithm and operation takes it: the sites have densities now. Its priors and
@@ -219,7 +219,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         if model is None:
             raise NotFitted(
                 f"ab.{self.name}: an estimator loaded from disk does not know its model. Write "
-                f"est.as_model(model)."
+                f"est.learned_model(model)."
             )
         return LearnedModel(model.with_algorithm(None), dict(self.laws or {}))
 
@@ -228,10 +228,10 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         if lacking:
             raise InvalidModel(
                 f"ab.{self.name}: given= lacks {lacking[0]!r}, whose likelihood was learned "
-                f"({', '.join(self.addresses)}). To draw it, use est.as_model(model)."
+                f"({', '.join(self.addresses)}). To draw it, use est.learned_model(model)."
             )
         learned = make_problem(
-            self.as_model(problem.model), problem.args, None, problem.kwargs,
+            self.learned_model(problem.model), problem.args, None, problem.kwargs,
             f"ab.{self.sampler.name}",
         )  # fmt: skip
         learned = dataclasses.replace(learned, given=problem.given, coords=problem.coords)
@@ -314,7 +314,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
         """
         require_fitted(self)
         problem, drawn = pose(self.name, model, args, kwargs, designs, jax.random.key(0))
-        make_problem(self.as_model(problem.model), problem.args, None, problem.kwargs, None)
+        make_problem(self.learned_model(problem.model), problem.args, None, problem.kwargs, None)
         simulation = {"arguments": problem.arguments, "designs": drawn}
         return dataclasses.replace(self, model=problem.model, simulation=simulation)
 

@@ -41,7 +41,7 @@ def nle(
     operands of its distribution (the arguments of `dist.Simulator`): elements under `vmap` and
     `scan` share it, so the number of observations, designs and priors may change afterwards.
 
-    `est.as_model()` is the model with the learned laws in place: every algorithm takes it.
+    `est.learned_model()` is the model with the learned laws in place: every algorithm takes it.
 
     Args:
         model: The model.

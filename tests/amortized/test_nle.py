@@ -145,7 +145,7 @@ def test_learned_counts_are_near_the_true_ones(fitted_counts):
 
 def test_laws_stand_where_the_sites_were(fitted):
     # Under vmap and in a scan, with jit, vmap and grad of it: the sum over elements, each alone.
-    model = fitted.as_model()
+    model = fitted.learned_model()
     y = jnp.array([0.3, -1.0, 2.0])
     choices = {"a": jnp.float32(0.4), "b": jnp.float32(1.3), "y": y}
     alone = sum(float(log_prob(law_of(fitted, 0.4, 1.3), v)) for v in y)
@@ -154,7 +154,7 @@ def test_laws_stand_where_the_sites_were(fitted):
 
     other = ab.nle(walk, 3, observed="y", head="mixture", num_components=3, **SMALL)
     other = other.fit(jax.random.key(0), num_steps=2, progress_bar=False)
-    chain = other.as_model()
+    chain = other.learned_model()
     x = jnp.array([0.2, 0.5, -0.3])
 
     @jax.jit
@@ -215,11 +215,11 @@ def test_a_loaded_estimator_scores_the_same(fitted, tmp_path):
     fitted.save(tmp_path / "e")
     loaded = ab.load(tmp_path / "e")
     choices = {"a": 0.4, "b": 1.3, "y": jnp.array([0.3, -1.0])}
-    a = fitted.as_model().log_density(choices, 2)
-    assert float(loaded.as_model(normal).log_density(choices, 2)) == float(a)
+    a = fitted.learned_model().log_density(choices, 2)
+    assert float(loaded.learned_model(normal).log_density(choices, 2)) == float(a)
     assert loaded.settings == fitted.settings
-    with pytest.raises(NotFitted, match="as_model"):
-        loaded.as_model()
+    with pytest.raises(NotFitted, match="learned_model"):
+        loaded.learned_model()
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_a_particle_filter_runs_through_learned_emissions():
     est = ab.nle(walk, 10, observed="y", head="mixture", num_components=3, width=64)
     est = est.fit(jax.random.key(0), num_steps=3000, learning_rate=3e-3, progress_bar=False)
     y = np.array([0.5, 1.0, -0.2, -1.5, 0.3, 0.9, 2.0, 1.2, 0.1, -0.4])
-    fixed = ab.condition(est.as_model(), {"s": jnp.float32(1.0)})
+    fixed = ab.condition(est.learned_model(), {"s": jnp.float32(1.0)})
     post = ab.smc(num_particles=4000)(fixed).posterior(jax.random.key(1), 10, given={"y": y})
     mean, var, total = 0.0, 0.0, 0.0
     for v in y:  # Kalman's filter
@@ -270,7 +270,7 @@ def test_another_site_is_refused(fitted):
         jax.vmap(lambda _: ab.sample("y", dist.Simulator(f, a, b)))(jnp.arange(n))
 
     with pytest.raises(InvalidModel, match=r"elements of shape \(\).*\(2,\)"):
-        fitted.as_model(pairs).simulate(jax.random.key(0), 3)
+        fitted.learned_model(pairs).simulate(jax.random.key(0), 3)
     with pytest.raises(InvalidModel, match="lacks 'y'"):
         fitted(normal).posterior(jax.random.key(0), 3, given={"a": 0.3})
 
