@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
@@ -49,6 +51,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow  # a minute of compiling for eight devices
 def test_training_on_eight_devices_is_that_on_one():
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
