@@ -327,7 +327,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         law, operands = make_law(self, problem, example)
         if problem.is_traced or isinstance(key, jax.core.Tracer):
             vectors, log_q = _draw(law, self.num_samples, operands, key)
-            values, active = jax.vmap(lambda v: law.by_address(v, operands))(vectors)
+            values, active = _by_address(law, vectors, operands)
             return self._posterior(problem, values, active, log_q, [])
         messages = verify(self, problem)
         vectors, log_q = _draw(law, self.num_samples, operands, key)
@@ -348,7 +348,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         check_sites(self.name, self.layout, problem)
         messages = [] if problem.is_traced else verify(self, problem)
         law, operands, vectors = compose(self, problem, key)
-        values, active = jax.vmap(lambda v: law.by_address(v, operands))(vectors)
+        values, active = _by_address(law, vectors, operands)
         return self._posterior(problem, values, active, None, messages)
 
     def _posterior(self, problem, values, active, log_q, messages) -> Posterior:

@@ -24,7 +24,7 @@ from abduce.amortized.operands import elements
 from abduce.amortized.posing import pose
 from abduce.amortized.reading import require_fitted
 from abduce.amortized.training import train
-from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, NotFitted
+from abduce.errors import Degenerate, InvalidAlgorithm, MissingData, NotFitted
 from abduce.inference.algorithm import Algorithm
 from abduce.inference.posterior import Posterior, with_warnings
 from abduce.inference.problem import Problem, make_problem
@@ -226,7 +226,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
     def run(self, problem: Problem, key: Any) -> Posterior:
         lacking = [a for a in self.addresses if a not in problem.given]
         if lacking:
-            raise InvalidModel(
+            raise MissingData(
                 f"ab.{self.name}: given= lacks {lacking[0]!r}, whose likelihood was learned "
                 f"({', '.join(self.addresses)}). To draw it, use est.learned_model(model)."
             )

@@ -39,7 +39,7 @@ __all__ = ["RecipeFile", "check", "checkpoint_of", "opened", "pretrain", "unfini
 
 INTERRUPTED = 130  # the shell's status of a command ended by Ctrl-C
 _CHECKS = 0x636B  # tells the random key of checks from that of training
-_MAKERS = "ab.npe, ab.fmpe, ab.npse, ab.pfn or ab.distribution_transformer"
+_MAKERS = "ab.npe, ab.fmpe, ab.npse, ab.nle, ab.nre, ab.pfn or ab.distribution_transformer"
 
 
 @dataclasses.dataclass(frozen=True)

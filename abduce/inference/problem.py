@@ -151,9 +151,7 @@ def accepts(model: Any, name: str, *, or_any: bool = False) -> bool:
     """Whether a model's function has an argument of this name (or, with `or_any`, takes any)."""
     while hasattr(model, "base"):
         model = model.base
-    fn = getattr(model, "fn", None)
-    if fn is None:
-        return False
+    fn = getattr(model, "fn", model.emit)
     parameters = inspect.signature(fn).parameters
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return name in parameters or (or_any and is_open)
