@@ -106,7 +106,7 @@ class Counts(eqx.Module):
 
 def position(y: Any) -> Any:
     """`sign(y) log(1 + |y|)`: increasing, and its own steps at 0 are of order one."""
-    return jnp.sign(y) * jnp.log1p(jnp.abs(y))
+    return jnp.log1p(jnp.maximum(y, 0.0)) - jnp.log1p(jnp.maximum(-y, 0.0))
 
 
 def _width(y):

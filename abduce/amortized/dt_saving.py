@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from abduce.amortized.dt_coordinates import Coordinates
 from abduce.amortized.dt_inputs import Plan, Scales
 from abduce.amortized.equivariance import ScaleEquivariance
 from abduce.amortized.layout import Layout
-from abduce.amortized.saving import check_lengths, fill, named_arrays, typed
+from abduce.amortized.saving import blueprint, check_lengths, fill, named_arrays, typed
 from abduce.errors import AbduceError
 from abduce.inference.encoding import LoadError
 from abduce.inference.persistence import save_folder
@@ -70,13 +69,11 @@ def transformer_from_saved(
         )
         sizes = {n: getattr(plan, n) for n in ("num_components", "num_layers", "width", "hidden")}
         check_lengths(sizes, arrays, "network", where)
-        network = eqx.filter_eval_shape(
-            lambda key: make_network(plan, scales, key), jax.random.key(0)
-        )
     except (AbduceError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise LoadError(f"{where}: config.json lacks or garbles {e}.") from None
-    scales = fill(scales, arrays, "scales", where)
+    network = blueprint(lambda key: make_network(plan, scales, key), where)
     network = fill(network, arrays, "network", where)
+    scales = fill(scales, arrays, "scales", where)
     return DistributionTransformer(plan, None, scales, network, history, num_samples)
 
 

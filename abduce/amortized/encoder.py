@@ -11,11 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.layout import Group, Layout
-from abduce.amortized.networks import Convolutions, DeepSet, Pixels, Residual, SetTransformer, cast
+from abduce.amortized.networks import (
+    Convolutions,
+    DeepSet,
+    Pixels,
+    Residual,
+    SetTransformer,
+    cast,
+    squash,
+)
 
-__all__ = ["Encoder", "feature_scales", "features", "raw_features", "robust_scale", "squash"]
-
-_FAR = 4.0  # spreads up to which features are linear; beyond, logarithmic
+__all__ = ["Encoder", "feature_scales", "features", "raw_features", "robust_scale"]
 
 
 def raw_features(layout: Layout, example: Any, missing: Any) -> list[jax.Array]:
@@ -94,12 +100,6 @@ def features(scales: Any, raw: list[Any]) -> list[jax.Array]:
     for (centre, spread), x in zip(scales, raw, strict=True):
         out.append(squash((x - centre) / spread))
     return out
-
-
-def squash(z: Any) -> jax.Array:
-    """Linear up to a few spreads, then logarithmic."""
-    far = jnp.maximum(jnp.abs(z), _FAR)
-    return jnp.where(far > _FAR, jnp.sign(z) * _FAR * (1 + jnp.log(far / _FAR)), z)
 
 
 def robust_scale(x: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -17,16 +17,17 @@ from abduce.amortized.fitting import check_rows, plan_run, simulate_rows
 from abduce.amortized.layout import Layout, continuous_target
 from abduce.amortized.networks import stacked
 from abduce.amortized.novelty import Novelty, measure
-from abduce.amortized.posing import as_arguments
+from abduce.amortized.own_checks import check_estimator
+from abduce.amortized.posing import pose, require_model
 from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, make_law
 from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings, fits
 from abduce.amortized.probes import Probes, make_probes, verify
 from abduce.amortized.reading import check_sites, read_example, require_fitted
 from abduce.amortized.training import train
-from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel, NotFitted
+from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel
 from abduce.inference.algorithm import Algorithm, check_count
 from abduce.inference.posterior import Posterior, make_posterior
-from abduce.inference.problem import Problem, make_problem
+from abduce.inference.problem import Problem
 from abduce.inference.target import constrain
 from abduce.ppl.model import Model
 from abduce.ppl.operations import outside_scopes, typed_key
@@ -139,11 +140,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             InvalidValue: `data=` or a checkpoint does not fit.
         """
         key = typed_key(key, f"ab.{self.name}.fit")
-        if self.model is None:
-            raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
-                f"Make a new one with ab.{self.name}(model, ...)."
-            )
+        require_model(self, f"Make a new one with ab.{self.name}(model, ...).")
         k_rows, k_scales, k_network, k_train = jax.random.split(key, 4)
         plan = plan_run(
             self.name, simulate=lambda num: self.simulate(k_rows, num), check=self._check_rows,
@@ -218,8 +215,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         from abduce.amortized.rounds import fit_rounds
 
         name = f"{self.name}.fit_rounds"
-        if self.model is None:
-            raise NotFitted(f"ab.{name}: an estimator loaded from disk has no model.")
+        require_model(self, f"Make a new one with ab.{self.name}(model, ...).")
         check_count(name, "num_rounds", num_rounds)
         check_count(name, "budget", budget, 20)
         if not 0 < tail < 0.5:
@@ -306,12 +302,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             model: The model; needed for an estimator that was loaded from disk.
         """
         require_fitted(self)
-        model = self.model if model is None else model
-        if model is None:
-            raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk does not know its model. Write "
-                f"est.as_model(model)."
-            )
+        model = require_model(self, "Write est.as_model(model).", model)
         if self.layout.conditional:
             raise InvalidModel(
                 f"ab.{self.name}: `{model.name}` has latents in a branch; where they are not "
@@ -399,24 +390,9 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             A report that prints; `.passed` says whether all checks passed. `est.save(path,
             checks=report)` keeps it with the estimator.
         """
-        from abduce.amortized.checks import run_all
-
-        require_fitted(self)
-        if self.model is None:
-            raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
-                f"Write est.with_model(model, *args).check(key)."
-            )
-        designs = None
-        if not args and not kwargs:
-            if self.simulation["designs"] is not None:
-                designs = self.simulation["designs"].unpack()[0]
-            else:
-                _, args, kwargs = self.simulation["arguments"].unpack()
-        return run_all(
-            self.model, self, key, *args, observed=self.observed, given=given, designs=designs,
-            num_datasets=num_datasets, num_samples=num_samples, budget=budget, alpha=alpha,
-            **kwargs,
+        return check_estimator(
+            self, key, args, kwargs, given=given, num_datasets=num_datasets,
+            num_samples=num_samples, budget=budget, alpha=alpha,
         )  # fmt: skip
 
     def with_model(self, model: Model, *args: Any, designs: Model | None = None, **kwargs: Any):
@@ -431,11 +407,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             InvalidModel: It is another model.
         """
         require_fitted(self)
-        drawn = None
-        if designs is not None:
-            _, drawn = designs._stage((), {})
-            args, kwargs = as_arguments(designs.simulate(jax.random.key(0)).retval)
-        problem = make_problem(model, args, None, kwargs, None)
+        problem, drawn = pose(self.name, model, args, kwargs, designs, jax.random.key(0))
         check_sites(self.name, self.layout, problem)
         verify(self, problem)
         simulation = {"arguments": problem.arguments, "designs": drawn}

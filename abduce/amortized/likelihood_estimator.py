@@ -21,10 +21,11 @@ from abduce.amortized.likelihood_network import (
 )
 from abduce.amortized.likelihood_task import LikelihoodTask
 from abduce.amortized.operands import elements
-from abduce.amortized.posing import pose
+from abduce.amortized.own_checks import check_estimator
+from abduce.amortized.posing import pose, require_model
 from abduce.amortized.reading import require_fitted
 from abduce.amortized.training import train
-from abduce.errors import Degenerate, InvalidAlgorithm, MissingData, NotFitted
+from abduce.errors import Degenerate, InvalidAlgorithm, MissingData
 from abduce.inference.algorithm import Algorithm
 from abduce.inference.posterior import Posterior, with_warnings
 from abduce.inference.problem import Problem, make_problem
@@ -125,11 +126,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
             InvalidModel: The law of a site depends on nothing that is drawn.
         """
         key = typed_key(key, f"ab.{self.name}.fit")
-        if self.model is None:
-            raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
-                f"Make a new one with ab.{self.name}(model, ...)."
-            )
+        require_model(self, f"Make a new one with ab.{self.name}(model, ...).")
         k_rows, k_sample, k_network, k_train = jax.random.split(key, 4)
         plan = plan_run(
             self.name, simulate=lambda num: self.simulate(k_rows, num), check=self._check_rows,
@@ -215,12 +212,7 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
             InvalidModel: On use, where a learned site is not what it was in training.
         """
         require_fitted(self)
-        model = self.model if model is None else model
-        if model is None:
-            raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk does not know its model. Write "
-                f"est.learned_model(model)."
-            )
+        model = require_model(self, "Write est.learned_model(model).", model)
         return LearnedModel(model.with_algorithm(None), dict(self.laws or {}))
 
     def run(self, problem: Problem, key: Any) -> Posterior:
@@ -281,24 +273,9 @@ class LikelihoodEstimator(eqx.Module, Algorithm):
 
         Arguments and result are those of the `check` of `ab.npe`.
         """
-        from abduce.amortized.checks import run_all
-
-        require_fitted(self)
-        if self.model is None:
-            raise NotFitted(
-                f"ab.{self.name}: an estimator loaded from disk has no model to simulate from. "
-                f"Write est.with_model(model, *args).check(key)."
-            )
-        designs = None
-        if not args and not kwargs:
-            if self.simulation["designs"] is not None:
-                designs = self.simulation["designs"].unpack()[0]
-            else:
-                _, args, kwargs = self.simulation["arguments"].unpack()
-        return run_all(
-            self.model, self, key, *args, observed=self.addresses, given=given, designs=designs,
-            num_datasets=num_datasets, num_samples=num_samples, budget=budget, alpha=alpha,
-            **kwargs,
+        return check_estimator(
+            self, key, args, kwargs, given=given, num_datasets=num_datasets,
+            num_samples=num_samples, budget=budget, alpha=alpha,
         )  # fmt: skip
 
     def with_model(self, model: Model, *args: Any, designs: Model | None = None, **kwargs: Any):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.counts import Counts, position
-from abduce.amortized.encoder import robust_scale, squash
+from abduce.amortized.encoder import robust_scale
 from abduce.amortized.heads import Flow, Mixture
-from abduce.amortized.networks import Residual, cast
+from abduce.amortized.networks import SIZES, Residual, cast, check_settings, squash
 from abduce.errors import Degenerate, InvalidAlgorithm, InvalidModel
 
 __all__ = ["LikelihoodSettings", "SiteNetwork", "SitePlan", "make_plan", "make_scales"]
@@ -36,6 +36,11 @@ class LikelihoodSettings:
     num_contrast: int = 5
     balance: float = 0.0
     precision: str | None = None
+
+    def __post_init__(self):
+        check_settings(self, HEADS, (*SIZES, "num_contrast"))
+        if not (isinstance(self.balance, (int, float)) and 0 <= self.balance < math.inf):
+            raise InvalidAlgorithm(f"balance={self.balance!r} must be at least 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,27 +228,3 @@ class SiteNetwork(eqx.Module):
             x = centre + spread * self.head.draw(context, noise)[0]
             x = jnp.exp(x) if plan.kind == "positive" else x
         return x.reshape(plan.shape).astype(plan.dtype)
-
-
-def check_settings(name: str, settings: LikelihoodSettings) -> None:
-    """Sizes and choices of a network.
-
-    Raises:
-        InvalidAlgorithm: One does not fit.
-    """
-    for field in ("width", "depth", "context_dim", "num_layers", "num_bins", "num_components",
-                  "num_contrast"):  # fmt: skip
-        value = getattr(settings, field)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise InvalidAlgorithm(f"ab.{name}: {field} must be an int >= 1, got {value!r}.")
-    if settings.head not in HEADS:
-        raise InvalidAlgorithm(
-            f"ab.{name}: head={settings.head!r} is not one of {', '.join(map(repr, HEADS))}."
-        )
-    if settings.precision not in (None, "bfloat16"):
-        raise InvalidAlgorithm(
-            f"ab.{name}: precision={settings.precision!r}: networks compute in float32 (None) or "
-            f"'bfloat16'."
-        )
-    if not (isinstance(settings.balance, (int, float)) and 0 <= settings.balance < math.inf):
-        raise InvalidAlgorithm(f"ab.{name}: balance={settings.balance!r} must be at least 0.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,14 @@ import numpy as np
 from abduce.amortized.likelihood_estimator import LikelihoodEstimator
 from abduce.amortized.likelihood_model import SiteLaw
 from abduce.amortized.likelihood_network import LikelihoodSettings, SiteNetwork, SitePlan
-from abduce.amortized.saving import KeptReport, check_lengths, fill, named_arrays, typed
+from abduce.amortized.saving import (
+    KeptReport,
+    blueprint,
+    check_lengths,
+    fill,
+    named_arrays,
+    typed,
+)
 from abduce.inference.encoding import LoadError
 from abduce.inference.mcmc.algorithms import nuts
 from abduce.inference.persistence import save_folder
@@ -73,12 +80,8 @@ def likelihood_from_saved(config: dict[str, Any], arrays: dict[str, Any], where:
         prefix = f"network/{plan.address}"
         lengths = {n: getattr(settings, n) for n in _lengths(plan, settings, ratio)}
         check_lengths({**lengths, "elements": plan.dim}, arrays, prefix, where)
-        try:
-            like = eqx.filter_eval_shape(
-                lambda key, plan=plan: SiteNetwork(key, plan, settings, ratio), jax.random.key(0)
-            )
-        except Exception as e:  # garbled sizes and names fail in as many ways as there are layers
-            raise LoadError(f"{where}: config.json describes no network ({e}).") from e
+        make = functools.partial(SiteNetwork, plan=plan, settings=settings, ratio=ratio)
+        like = blueprint(make, where)
         network = fill(like, arrays, prefix, where)
         value, operands = (
             (jax.ShapeDtypeStruct((n,), jnp.result_type(float)),) * 2

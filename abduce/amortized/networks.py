@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from abduce.amortized.attention import ContextBlock, fold, stack
+from abduce.errors import InvalidAlgorithm
 from abduce.inference.vi.flows.networks import zeros
 
 __all__ = [
+    "SIZES",
     "Convolutions",
     "DeepSet",
     "Linear",
@@ -21,11 +23,42 @@ __all__ = [
     "Residual",
     "SetTransformer",
     "cast",
+    "check_settings",
+    "squash",
     "stacked",
     "uniform",
 ]
 
+SIZES = ("width", "depth", "context_dim", "num_layers", "num_bins", "num_components")
+_FAR = 4.0  # spreads up to which `squash` is linear
 _FEW = 12  # features up to which their products are pooled
+
+
+def check_settings(settings: Any, heads: tuple[str, ...], sizes: tuple[str, ...]) -> None:
+    """Settings of a network: a known head, sizes of at least 1, a known precision.
+
+    Raises:
+        InvalidAlgorithm: One does not fit.
+    """
+    if settings.head not in heads:
+        raise InvalidAlgorithm(f"head={settings.head!r} is not one of {', '.join(heads)}.")
+    for name in sizes:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise InvalidAlgorithm(f"{name} must be an int >= 1, got {value!r}.")
+    if settings.precision not in (None, "bfloat16"):
+        raise InvalidAlgorithm(
+            f"precision={settings.precision!r}: networks compute in float32 (None) or 'bfloat16'."
+        )
+
+
+def squash(z: Any) -> Any:
+    """Linear up to a few spreads, then logarithmic; once differentiable, NaN stays.
+
+    Written without `sign`, whose jump would be taken for one of a density that this is part of.
+    """
+    above, below = jnp.maximum(z, _FAR), jnp.maximum(-z, _FAR)
+    return jnp.clip(z, -_FAR, _FAR) + _FAR * (jnp.log(above / _FAR) - jnp.log(below / _FAR))
 
 
 def cast(tree: Any, dtype: Any) -> Any:

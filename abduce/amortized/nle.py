@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from abduce.amortized.likelihood_estimator import LikelihoodEstimator
-from abduce.amortized.likelihood_network import LikelihoodSettings, check_settings
+from abduce.amortized.likelihood_network import LikelihoodSettings
 from abduce.amortized.posing import check_observed, pose
 from abduce.errors import InvalidAlgorithm
 from abduce.inference.algorithm import Algorithm
@@ -124,7 +124,6 @@ def _make(
             f"ab.{name} takes a model first, got {type(model).__name__}: "
             f'ab.{name}(model, *args, observed=["y"]).'
         )
-    check_settings(name, settings)
     sampler = nuts() if sampler is None else sampler
     if not isinstance(sampler, Algorithm):
         raise InvalidAlgorithm(

@@ -403,7 +403,7 @@ class PFN(eqx.Module):
 
 
 def from_saved(
-    config: Mapping[str, Any], arrays: Mapping[str, Any], where: str = "the saved folder"
+    config: Mapping[str, Any], arrays: dict[str, Any], where: str = "the saved folder"
 ) -> PFN:
     """A fitted pfn from what `PFN.save` stored.
 
@@ -417,10 +417,7 @@ def from_saved(
         is_single = bool(config["is_single"])
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"{where}: lacks a setting, or has an odd one: {error!r}.") from error
-    try:
-        network, constants, history = unpack(table, architecture, arrays)
-    except LoadError as error:
-        raise LoadError(f"{where}: {error}") from error
+    network, constants, history = unpack(table, architecture, arrays, where)
     return PFN(
         arguments=None,
         table=table,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import constraints
 
+from abduce.amortized.networks import squash
 from abduce.errors import InvalidAlgorithm, InvalidModel, UnknownAddress, suggest
 from abduce.ppl.program import Program, SiteInfo
 
@@ -23,7 +24,6 @@ __all__ = ["Column", "Table", "features", "make_table"]
 
 MAX_CLASSES = 1024
 _ONE_HOT = 64  # at most; above, an integer is a feature like a real number
-_LINEAR = 4.0  # standardized values beyond are compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +138,10 @@ def features(table: Table, constants: Any, values: dict[str, Any], in_context: A
         else:
             mine = constants[address]
             z = (jnp.where(absent, mine["center"], x) - mine["center"]) / mine["spread"]
-            parts.append(_compressed(z))
+            parts.append(squash(z))
         if table.missing:
             parts.append(hidden.astype(dtype))
     return jnp.concatenate(parts, axis=1)
-
-
-def _compressed(z: Any) -> Any:
-    """The identity up to `_LINEAR`, logarithmic beyond; once differentiable."""
-    far = jnp.abs(z) > _LINEAR
-    size = jnp.where(far, jnp.abs(z), _LINEAR)
-    return jnp.where(far, jnp.sign(z) * _LINEAR * (1 + jnp.log(size / _LINEAR)), z)  # NaN stays
 
 
 # ---------------------------------------------------------------------- made once

@@ -6,14 +6,22 @@ from typing import Any
 
 import jax
 
-from abduce.errors import InvalidAlgorithm, UnknownAddress, suggest
+from abduce.errors import InvalidAlgorithm, NotFitted, UnknownAddress, suggest
 from abduce.inference.problem import Problem, accepts, make_problem
 from abduce.ppl.model import Model
 from abduce.ppl.operations import outside_scopes, run_program
 from abduce.ppl.program import Arguments, pack, stage_packed
 from abduce.ppl.replay import Replay
 
-__all__ = ["as_arguments", "check_observed", "design", "draw_values", "pose"]
+__all__ = [
+    "arguments_of",
+    "as_arguments",
+    "check_observed",
+    "design",
+    "draw_values",
+    "pose",
+    "require_model",
+]
 
 
 def design(arguments: Arguments, designs: Arguments, key: Any) -> Arguments:
@@ -82,6 +90,28 @@ def pose(
         _, drawn = designs._stage((), {})
         args, kwargs = as_arguments(designs.simulate(key).retval)
     return make_problem(model, args, None, kwargs, None), drawn
+
+
+def arguments_of(simulation: Any) -> tuple[Model | None, tuple[Any, ...], dict[str, Any]]:
+    """The Model of designs, or the arguments, that an estimator simulates with."""
+    if simulation["designs"] is not None:
+        return simulation["designs"].unpack()[0], (), {}
+    _, args, kwargs = simulation["arguments"].unpack()
+    return None, args, kwargs
+
+
+def require_model(est: Any, remedy: str, model: Any = None) -> Any:
+    """The model given, or that of an estimator.
+
+    Raises:
+        NotFitted: There is neither: it was loaded from disk.
+    """
+    model = est.model if model is None else model
+    if model is None:
+        raise NotFitted(
+            f"ab.{est.name}: an estimator loaded from disk does not know its model. {remedy}"
+        )
+    return model
 
 
 def check_observed(name: str, problem: Problem, observed: Any) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from abduce.amortized.fitting import with_arguments
 from abduce.amortized.frames import frame_features, laplace_frame, to_frame
 from abduce.amortized.heads import Choices, Flow, Mixture
 from abduce.amortized.layout import Group, Layout, Simulation, continuous_target
-from abduce.amortized.networks import Linear
+from abduce.amortized.networks import SIZES, Linear, check_settings
 from abduce.errors import InvalidAlgorithm
 from abduce.ppl.operations import outside_scopes
 from abduce.ppl.program import Arguments, stage_packed
@@ -55,19 +55,9 @@ class Settings:
     compose: bool = False
 
     def __post_init__(self):
-        if self.head not in HEADS:
-            raise InvalidAlgorithm(f"head={self.head!r} is not one of {', '.join(HEADS)}.")
+        check_settings(self, HEADS, (*SIZES, "num_networks"))
         if self.sets not in ("pool", "transformer"):
             raise InvalidAlgorithm(f"sets={self.sets!r} is not 'pool' or 'transformer'.")
-        if self.precision not in (None, "bfloat16"):
-            raise InvalidAlgorithm(
-                f"precision={self.precision!r}: networks compute in float32 (None) or 'bfloat16'."
-            )
-        for field in ("width", "depth", "context_dim", "num_layers", "num_bins", "num_components",
-                      "num_networks"):  # fmt: skip
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise InvalidAlgorithm(f"{field} must be an int >= 1, got {value!r}.")
 
 
 class PosteriorNetwork(eqx.Module):

@@ -20,9 +20,7 @@ import inspect
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import Any
 import jax
 
 from abduce.amortized.describing import is_checkable, model_name, validated
+from abduce.amortized.posing import arguments_of
 from abduce.amortized.reading_saved import READERS
 from abduce.errors import InvalidAlgorithm, InvalidValue, suggest
 from abduce.inference.persistence import CONFIG, WEIGHTS, load_folder
@@ -194,7 +193,6 @@ def pretrain(recipe: Any, out: Any, *, resume: bool = False, num_steps: int | No
     working = checkpoint_of(out)
     again = ["abduce", "pretrain", str(recipe), "--out", str(out), "--resume"]
     again += [] if num_steps is None else ["--steps", str(num_steps)]
-    interrupt = _Interrupt()
     with opened(recipe) as file:
         estimator = file.estimator
         settings = {**file.fit} if num_steps is None else {**file.fit, "num_steps": num_steps}
@@ -209,10 +207,7 @@ def pretrain(recipe: Any, out: Any, *, resume: bool = False, num_steps: int | No
             flush=True,
         )
         try:
-            with interrupt:
-                fitted = estimator.fit(
-                    jax.random.key(file.seed), checkpoint_dir=working, **settings
-                )
+            fitted = estimator.fit(jax.random.key(file.seed), checkpoint_dir=working, **settings)
             fitted.save(out)
         except KeyboardInterrupt:  # outside the steps, or a second time
             print(f"interrupted; {_go_on(working, again)}")
@@ -221,7 +216,7 @@ def pretrain(recipe: Any, out: Any, *, resume: bool = False, num_steps: int | No
             if [p.name for p in working.iterdir()] == ["recipe.py"]:  # no step was made
                 shutil.rmtree(working)
     losses = fitted.history["loss"]
-    if interrupt.came or _is_cut_short(len(losses), settings):
+    if fitted.history["interrupted"]:
         print(f"interrupted at step {len(losses)}: what there is was saved in {out}.")
         print(_go_on(working, again))
         return INTERRUPTED
@@ -231,38 +226,6 @@ def pretrain(recipe: Any, out: Any, *, resume: bool = False, num_steps: int | No
     if is_checkable(fitted):
         print(f"check it: {shlex.join(['abduce', 'check', str(out), '--recipe', str(recipe)])}")
     return 0
-
-
-class _Interrupt:
-    """Notes Ctrl-C in a block, in which it raises KeyboardInterrupt as ever.
-
-    Training takes a KeyboardInterrupt as the wish to end, and returns; a run that was ended must
-    not pass for a whole one.
-    """
-
-    def __init__(self) -> None:
-        self.came = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():  # others get no signals
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, *args: Any) -> None:
-        self.came = True
-        raise KeyboardInterrupt
-
-
-def _is_cut_short(done: int, settings: Mapping[str, Any]) -> bool:
-    """Whether a run without early stopping made fewer steps than it was asked for."""
-    may_stop = any(settings.get(name) is not None for name in ("patience", "budget", "data"))
-    wanted = settings.get("num_steps")
-    return wanted is not None and not may_stop and done < wanted
 
 
 def _require_steps(settings: Mapping[str, Any], file: RecipeFile) -> None:
@@ -359,12 +322,8 @@ def check(folder: Any, recipe: Any, *, budget: float | None = 60.0) -> int:
                     f"estimator; ab.npe, ab.fmpe, ab.npse, ab.nle and ab.nre have. Compare its "
                     f"answers with those of another algorithm: see docs/checks.md."
                 )
-        simulation = mine.simulation
-        if simulation["designs"] is not None:
-            est = est.with_model(mine.model, designs=simulation["designs"].unpack()[0])
-        else:
-            _, args, kwargs = simulation["arguments"].unpack()
-            est = est.with_model(mine.model, *args, **kwargs)
+        designs, args, kwargs = arguments_of(mine.simulation)
+        est = est.with_model(mine.model, *args, designs=designs, **kwargs)
         key = jax.random.fold_in(jax.random.key(file.seed), _CHECKS)
         report = est.check(key, budget=budget)
     print(report)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -24,6 +24,7 @@ from abduce.inference.persistence import save_folder
 __all__ = [
     "KIND",
     "KeptReport",
+    "blueprint",
     "check_lengths",
     "estimator_from_saved",
     "fill",
@@ -50,6 +51,22 @@ def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     """The arrays of a module by their path in it."""
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
     return {prefix + jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def blueprint(make: Callable[[Any], Any], where: str) -> Any:
+    """A network with `jax.ShapeDtypeStruct` for its arrays, for `fill`.
+
+    Args:
+        make: From a random key to the network.
+        where: The folder, for messages.
+
+    Raises:
+        LoadError: The settings describe no network.
+    """
+    try:
+        return eqx.filter_eval_shape(make, jax.random.key(0))
+    except Exception as e:  # garbled sizes and names fail in as many ways as there are layers
+        raise LoadError(f"{where}: config.json describes no network ({e}).") from e
 
 
 def fill(like: Any, arrays: dict[str, Any], prefix: str, where: str) -> Any:
@@ -169,12 +186,7 @@ def estimator_from_saved(config: dict[str, Any], arrays: dict[str, Any], where: 
     scales = {"u": blank((layout.dim,)), "features": [blank(s) for s in features]}
     scales = fill(scales, arrays, "scales", where)
     _check_network(layout, settings, arrays, where)
-    try:
-        network = eqx.filter_eval_shape(
-            lambda key: PosteriorNetwork(key, layout, settings, shapes), jax.random.key(0)
-        )
-    except Exception as e:  # garbled sizes and names fail in as many ways as there are layers
-        raise LoadError(f"{where}: config.json describes no network ({e}).") from e
+    network = blueprint(lambda key: PosteriorNetwork(key, layout, settings, shapes), where)
     if settings.num_networks > 1:
         network = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((settings.num_networks, *x.shape), x.dtype)

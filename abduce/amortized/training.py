@@ -59,7 +59,8 @@ class Trained(eqx.Module):
 
     Attributes:
         network: With the averaged (or best) weights.
-        history: Arrays by name: `loss` per step (nats), `validation_step`, `validation_loss`.
+        history: Arrays by name: `loss` per step (nats), `validation_step`, `validation_loss`, and
+            whether training was `interrupted`.
         num_steps: Steps that were run.
         seconds: Of this process.
         stopped: 'done', 'early' or 'interrupted'.
@@ -123,8 +124,9 @@ def train(
         )
     run = _Run(config, flat.vector(network), key, data, rows, held_out, checkpoint_dir, name)
     stopped = run.loop(progress_bar)
+    history = {**run.history(), "interrupted": np.asarray(stopped == "interrupted")}
     return Trained(
-        flat.network(run.result()), run.history(), run.step, run.seconds, stopped, run.resumed
+        flat.network(run.result()), history, run.step, run.seconds, stopped, run.resumed
     )
 
 

@@ -235,6 +235,20 @@ def test_the_posterior_is_that_of_the_true_likelihood(fitted):
         fitted.replace(sampler=sampler)(far).posterior(jax.random.key(2), 12, given={"y": y + 30})
 
 
+@pytest.mark.slow
+def test_a_guide_is_fitted_to_the_learned_model(fitted):
+    y = np.random.default_rng(0).normal(0.5, 1.2, size=12)
+    run = {"given": {"y": y}}
+    chains = ab.nuts(num_chains=2, num_warmup=300, num_samples=500, progress_bar=False)
+    drawn = fitted.replace(sampler=chains)(normal).posterior(jax.random.key(2), 12, **run)
+    guide = ab.vi(guide=ab.guides.full_rank(), num_steps=500, progress_bar=False)
+    post = fitted.replace(sampler=guide)(normal).posterior(jax.random.key(3), 12, **run)
+    for site in ("a", "b"):
+        sd = float(drawn[site].std())
+        assert abs(float(post[site].mean() - drawn[site].mean())) < 0.3 * sd, site
+        assert float(post[site].std()) == pytest.approx(sd, rel=0.3), site
+
+
 def test_ratios_are_densities_up_to_a_constant_of_the_data():
     est = ab.nre(normal, 4, observed="y", width=32, depth=1)
     est = est.fit(jax.random.key(0), num_steps=600, learning_rate=3e-3, progress_bar=False)

@@ -433,7 +433,7 @@ def test_a_loaded_estimator_gives_the_same_draws(fitted, tmp_path):
     assert again.with_model(normal, 8).as_model() is not None
     with pytest.raises(NotFitted, match=r"est\.as_model"):
         again.as_model()
-    with pytest.raises(NotFitted, match="no model to simulate from"):
+    with pytest.raises(NotFitted, match="does not know its model"):
         again.fit(jax.random.key(0))
 
 

@@ -94,7 +94,7 @@ def test_the_command_trains_as_fit_does(place, trained):
 
 def test_an_interrupted_run_goes_on_to_the_same_end(place, trained, tmp_path, monkeypatch, capsys):
     recipe, out = str(place / "recipe.py"), tmp_path / "out"
-    original, before = training._steps, signal.getsignal(signal.SIGINT)
+    original = training._steps
 
     class Losses:
         """Comes when the weights have moved and the step's number has not, as Ctrl-C can."""
@@ -114,11 +114,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(place, trained, tmp_path, mo
         return one(self, min(count, 1))
 
     one = training._Run._advance
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     with monkeypatch.context() as patch:
         patch.setattr(training, "_steps", stops)
         patch.setattr(training._Run, "_advance", single)
         assert main(["pretrain", recipe, "--out", str(out)]) == 130
-    assert signal.getsignal(signal.SIGINT) is before  # a background job ignores it
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     printed = capsys.readouterr().out
     assert "interrupted at step 6: what there is was saved" in printed
     assert f"Go on: abduce pretrain {recipe} --out {out} --resume\n" in printed
@@ -243,6 +244,16 @@ def test_checks_pass_and_are_kept(place, folder, capsys):
     assert "checks           FAILED: sbc; " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_learned_likelihood_is_checked_with_its_sampler(place, tmp_path, capsys):
+    recipe, out = place / "likelihood.py", tmp_path / "out"
+    recipe.write_text(LIKELIHOOD)
+    assert main(["pretrain", str(recipe), "--out", str(out)]) == 0
+    code = main(["check", str(out), "--recipe", str(recipe), "--budget", "600"])
+    assert code == 0, capsys.readouterr().out
+    assert ab.load(out).report["passed"] is True
+
+
 def test_a_check_needs_the_model_of_training(place, folder, capsys):
     wrong = place / "wrong.py"
     wrong.write_text(RECIPE.replace("import reading", "import other as reading"))
@@ -305,6 +316,26 @@ def line(n):
 
 estimator = ab.pfn(line, 6, context=["x", "y"], query="y", width=8, num_layers=1, num_heads=2,
                    num_bars=10)
+'''
+LIKELIHOOD = '''
+import jax
+import jax.numpy as jnp
+
+import abduce as ab
+import abduce.dist as dist
+
+
+@ab.model
+def readings(n):
+    a = ab.sample("a", dist.Normal(0.0, 1.0))
+    f = lambda key, a: a + jax.random.normal(key)
+    jax.vmap(lambda _: ab.sample("y", dist.Simulator(f, a)))(jnp.arange(n))
+
+
+sampler = ab.nuts(num_chains=1, num_warmup=150, num_samples=200, progress_bar=False)
+estimator = ab.nle(readings, 3, observed="y", head="mixture", num_components=2, width=32,
+                   context_dim=16, depth=1, sampler=sampler)
+fit = {"num_steps": 800, "learning_rate": 3e-3, "progress_bar": False}
 '''
 TRANSFORMER = '''
 import abduce as ab
