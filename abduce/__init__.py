@@ -49,6 +49,7 @@ from abduce.inference.mcmc.mh import mh
 from abduce.inference.posterior import Posterior
 from abduce.inference.smc import guiding
 from abduce.inference.smc.algorithms import smc
+from abduce.inference.smc.ensemble import ensemble_kalman
 from abduce.inference.smc.guided import guided
 from abduce.inference.smc.particle_gibbs import particle_gibbs
 from abduce.inference.smc.pmmh import pmmh
@@ -108,6 +109,7 @@ __all__ = [
     "dist",
     "distribution_transformer",
     "do",
+    "ensemble_kalman",
     "expectation",
     "factor",
     "flows",

@@ -6,7 +6,12 @@ size of N / 2. The calls alternate; medians and their ratios are reported. The f
 our `systematic`, so that the ratio shows what the language costs, and is timed with
 `jnp.searchsorted` too.
 
+A second report, `results/smc_history`, is of memory: what compiled filters hold, in exact bytes, by
+the number of steps and by what they keep of the past.
+
     python -m benchmarks.smc
+    python -m benchmarks.smc --only history
+    python -m benchmarks.smc --only history --history-steps 50 200 --history-particles 100
     python -m benchmarks.smc --particles-python /path/to/python     # that has `particles`
 """
 
@@ -25,6 +30,7 @@ from benchmarks.measure import markdown_table, write_results
 
 PHI, SIGMA, MU = 0.98, 0.2, -0.5
 SIZES = (1_000, 10_000, 100_000)
+HISTORY_STEPS, HISTORY_PARTICLES, HISTORY_DIM = (100, 1_000, 10_000), 1_000, 16
 
 PEER = """
 import json, sys, time, statistics, warnings
@@ -54,7 +60,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--particles-python", help="an interpreter that has `particles`")
     parser.add_argument("--name", default="smc", help="stem of the result files")
+    parser.add_argument("--only", choices=("filters", "history"), help="one of the two reports")
+    parser.add_argument("--history-steps", type=int, nargs="+", default=HISTORY_STEPS)
+    parser.add_argument("--history-particles", type=int, default=HISTORY_PARTICLES)
     options = parser.parse_args()
+    if options.only != "history":
+        _filters(options)
+    if options.only != "filters":
+        _histories(options)
+
+
+def _filters(options: argparse.Namespace) -> None:
     y, source = _returns()
     rows, records = [], []
     peer = _peer(options.particles_python, y) if options.particles_python else {}
@@ -102,6 +118,72 @@ def main() -> None:
     )
     results = {"filters": records, "scaling": scaling, "memory": memory}
     write_results(options.name, "Particle filters", body, results)
+
+
+def _histories(options: argparse.Namespace) -> None:
+    """Bytes that compiled filters hold, by the number of steps and what is kept of the past."""
+    n = options.history_particles
+    records = [
+        _history(t, n, store)
+        for t in options.history_steps
+        for store in ("filter", "tree", "paths")
+    ]
+    columns = {
+        "steps": "steps", "store": "store", "temporary": "temporary, bytes",
+        "output": "output, bytes", "total": "together",
+        "kept": "kept of the past as it runs, bytes",
+        "nodes": "nodes", "log_n": "nodes beyond T, over N log N", "share": "nodes / (N T)",
+    }  # fmt: skip
+    body = (
+        f"{n} particles, states of {HISTORY_DIM} numbers in float32, of which the first is "
+        f"observed; resampling below an effective sample size of N / 2. Temporary and output bytes "
+        f"are those that XLA allots to the compiled filter; its outputs are the draws and the "
+        f"evidence, so that 'tree' and 'paths' end with the same N paths; what still grows with "
+        f"the steps in 'filter' are their random keys, 16 bytes a step. What is kept of the past "
+        f"as the filter runs: all values and ancestors ('paths'), the pool of nodes ('tree'), "
+        f"nothing ('filter'). Nodes: the most that were alive at once (Jacob, Murray and "
+        f"Rubenthaler 2015: at most T + c N log N on average).\n\n"
+        + markdown_table(list(columns.values()), [[r[c] for c in columns] for r in records])
+    )
+    write_results(f"{options.name}_history", "Memory of particle filters", body, {
+        "particles": n, "dim": HISTORY_DIM, "histories": records,
+    })  # fmt: skip
+
+
+def _history(steps: int, n: int, store: str) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    import abduce as ab
+    from abduce.inference.smc.tree import Tree, default_capacity
+
+    model = ab.smc(num_particles=n, store=store)(_level_model(HISTORY_DIM))
+    y = jnp.asarray(np.random.default_rng(0).normal(size=steps), jnp.float32)
+
+    def run(key, y):
+        post = model.posterior(key, y)
+        return post.draws, post.log_evidence
+
+    memory = jax.jit(run).lower(jax.random.key(0), y).compile().memory_analysis()
+    out: dict[str, Any] = {
+        "steps": steps, "store": store, "temporary": memory.temp_size_in_bytes,
+        "output": memory.output_size_in_bytes, "nodes": None, "log_n": None, "share": None,
+    }  # fmt: skip
+    out["total"] = out["temporary"] + out["output"]
+    values = jax.ShapeDtypeStruct((n, HISTORY_DIM), jnp.float32)
+    if store == "filter":
+        out["kept"] = 0
+    elif store == "paths":
+        out["kept"] = steps * n * (HISTORY_DIM + 1) * 4
+    else:
+        pool = jax.eval_shape(lambda: Tree.start(values, n, default_capacity(n, steps)))
+        out["kept"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+        count = jax.jit(lambda k, y: model.posterior(k, y).diagnostics["num_nodes"])
+        nodes = [int(count(jax.random.key(i), y)) for i in range(3)]  # paths are not read
+        out["nodes"] = round(statistics.mean(nodes))
+        out["log_n"] = (out["nodes"] - steps) / (n * np.log(n))
+        out["share"] = out["nodes"] / (n * steps)
+    return out
 
 
 def _returns() -> tuple[np.ndarray, str]:
@@ -240,9 +322,8 @@ def _scaling(y: np.ndarray, steps: int) -> dict[str, Any]:
     }
 
 
-def _memory(y: np.ndarray, dim: int, store: str) -> dict[str, Any]:
+def _level_model(dim: int):
     import jax
-    import jax.numpy as jnp
 
     import abduce as ab
     import abduce.dist as dist
@@ -256,7 +337,16 @@ def _memory(y: np.ndarray, dim: int, store: str) -> dict[str, Any]:
 
         jax.lax.scan(step, ab.sample("x0", dist.Normal(0.0, 1.0).expand([dim])), y)
 
-    model = ab.smc(num_particles=1000, store=store)(level)
+    return level
+
+
+def _memory(y: np.ndarray, dim: int, store: str) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    import abduce as ab
+
+    model = ab.smc(num_particles=1000, store=store)(_level_model(dim))
 
     def run(key, y):
         post = model.posterior(key, y)

@@ -151,6 +151,8 @@ def explain(target: FlatTarget, data: Any, problem: Problem, q: np.ndarray) -> s
     program = problem.program
     worst = []
     for address, record in records.items():
+        if "score" not in record:  # a param
+            continue
         score = np.asarray(record["score"])
         bad = ~np.isfinite(score)
         if bad.any():

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from abduce.errors import DuplicateAddress, InvalidModel, InvalidValue
 from abduce.ppl import _jax
 from abduce.ppl.site import Site, bind, has_sites, site_p
+from abduce.ppl.slots import Slots, name_arguments
 
 __all__ = [
     "Handler",
@@ -242,29 +243,30 @@ def _scan(handler: Handler, eqn: Any, vals: list[Any], state: State) -> list[Any
     counter = None if state.key is None else jnp.arange(p["length"], dtype=jnp.uint32)
 
     def body(carry, x):
-        values, acc = carry
-        xs_t, inputs_t, t = x
+        inputs_t, t = x.rest
         key = None if t is None else jax.random.fold_in(state.key, t)
-        inner = State(key, {**shared, **inputs_t}, acc, state.conditional)
-        outs = walk(handler, body_jaxpr, [*consts, *values, *xs_t], inner)
-        return (outs[:nk], inner.acc), (outs[nk:], inner.records)
+        inner = State(key, {**shared, **inputs_t}, carry.rest, state.conditional)
+        outs = walk(handler, body_jaxpr, [*consts, *carry.values[:nk], *x.values], inner)
+        values = [*outs[:nk], *carry.values[nk:]]
+        return Slots(values, carry.paths, inner.acc), (outs[nk:], inner.records)
 
+    carry_paths, x_paths, fixed = name_arguments(body, body_jaxpr, nc, nk)
     carried = _jax.inner_jaxpr(body_jaxpr)[0].invars[nc : nc + nk]
     init = [
         x if hasattr(x, "dtype") else jnp.asarray(x, v.aval.dtype)  # a literal of the program
         for x, v in zip(init, carried, strict=True)
     ]
-    (carry, acc), (ys, records) = jax.lax.scan(
+    carry, (ys, records) = jax.lax.scan(
         body,
-        (init, state.acc),
-        (xs, sliced, counter),
+        Slots([*init, *(consts[i] for i in fixed)], (*carry_paths, *fixed.values()), state.acc),
+        Slots(xs, x_paths, (sliced, counter)),
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    state.acc = acc
+    state.acc = carry.rest
     _add_records(state, records)
-    return [*carry, *ys]
+    return [*carry.values[:nk], *ys]
 
 
 def _add_records(state: State, records: dict[str, dict[str, Any]]) -> None:

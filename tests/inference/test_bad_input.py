@@ -170,6 +170,14 @@ def test_nan_inside_the_model():
     with refused(ab.InitializationError, RuntimeError, "observed site 'y'", "nan at value nan"):
         fit("laplace", inside, np.nan)
 
+    @ab.model
+    def weighed():  # a param has no density to look at
+        x = ab.sample("x", dist.Normal(ab.param("p", 1.0), 1))
+        ab.factor("f", jnp.nan * x)
+
+    with refused(ab.InitializationError, RuntimeError, "factor 'f'", "nan"):
+        fit("laplace", weighed)
+
 
 def test_data_outside_the_support():
     message = r'given\["y"\]: value -2 at index \(1,\) is outside the support of Poisson', "1 of 3"

@@ -20,6 +20,7 @@ __all__ = [
     "NEXT_SCAN",
     "PARIS",
     "PROPOSE",
+    "QMC",
     "RENEW",
     "STEP",
     "Cloud",
@@ -32,7 +33,7 @@ __all__ = [
 ISLANDS = "\0islands"  # the mapped axis of filters side by side
 STEP = "\0step"  # the pseudo-address of the keys for resampling and proposals
 # What the key of a step is folded with, apart from the times of a scan inside it.
-PROPOSE, RENEW, BACKWARD, NEXT_SCAN, MOVE, PARIS = (2**32 - i for i in range(1, 7))
+PROPOSE, RENEW, BACKWARD, NEXT_SCAN, MOVE, PARIS, QMC = (2**32 - i for i in range(1, 8))
 
 
 class Particles:
@@ -58,12 +59,13 @@ class Settings:
         store: 'paths' keeps each particle's whole past, 'tree' of it only what a particle descends
             from, 'filter' only moments of each step.
         capacity: Places in the tree; None: a default that grows with T + N log N.
-        smoothing: 'genealogy' traces the ancestors back; 'ffbs' simulates backwards; 'paris' also
-            sums up functionals.
+        smoothing: 'genealogy' traces the ancestors back; 'ffbs' simulates backwards; 'two_filter'
+            simulates forwards, guided by a backward filter; 'paris' also sums up functionals.
         functionals: Pairs of a name and an additive function of the path.
         ancestor_sampling: In conditional runs, the retained path gets a new past at each step.
         num_paths: How many paths 'ffbs' simulates (all particles share them); None: N.
         num_moves: How often a kernel moves the particles after a resampling.
+        qmc: The particles of a step come from one randomised point set.
         islands: How many filters run side by side.
         mesh: Devices over whose first axis the particles are spread, or None.
         mesh_axis: Of islands, the name of the mesh's axis.
@@ -78,6 +80,7 @@ class Settings:
     ancestor_sampling: bool = False
     num_paths: int | None = None
     num_moves: int = 1
+    qmc: bool = False
     islands: int = 1
     mesh: Any = None
     mesh_axis: str | None = None
@@ -116,6 +119,7 @@ class Cloud(State):
         retained: Per address, the value of particle 0 in conditional runs; in a 'score' walk, of
             all.
         proposed: Per address, values that a proposal drew.
+        points: With quasi-Monte Carlo: per address, the uniform numbers of its draw; else None.
         sums: Per functional, its smoothed sum given each particle (`smoothing='paris'`).
         summaries: Per address, moments over particles (`store='filter'`).
         reports: What each scan reports of its steps.
@@ -127,9 +131,8 @@ class Cloud(State):
     """
 
     __slots__ = (
-        "carries", "closed", "guard", "increments", "keys", "maps", "mode", "population",
-        "proposed", "reports", "retained", "scans", "summaries",
-        "sums",
+        "carries", "closed", "guard", "increments", "keys", "maps", "mode", "points",
+        "population", "proposed", "reports", "retained", "scans", "summaries", "sums",
     )  # fmt: skip
 
     def __init__(self, keys, inputs, population, *, retained=None, proposed=None, mode="run"):
@@ -146,6 +149,7 @@ class Cloud(State):
         self.reports: list[dict[str, Any]] = []
         self.carries: list[Any] = []
         self.mode = mode
+        self.points: dict[str, Any] | None = None
         self.closed = False
         self.scans = 0
 

@@ -18,6 +18,7 @@ from abduce.inference.smc.flow import live_variables
 from abduce.inference.smc.particles import Walker
 from abduce.inference.smc.population import Population
 from abduce.inference.smc.proposals import run_proposal
+from abduce.inference.smc.quasi import drawn_sites, points
 from abduce.ppl.interpreter import walk
 from abduce.ppl.masked import Masked
 from abduce.ppl.operations import outside_scopes, to_physical
@@ -89,6 +90,9 @@ def run_filter(
         first_keys(program.jaxpr, key), inputs, population or Population.start(walker.n),
         retained=held,
     )  # fmt: skip
+    if settings.qmc:
+        outside = drawn_sites(program.jaxpr, inputs, scans=False)
+        state.points = points(jax.random.fold_in(key, 2), walker.n, outside)
     if initial is not None:
         outer = [a for a, s in program.latents.items() if s.num_scans == 0]
         call = (observed, *args, *kwargs.values(), *first)

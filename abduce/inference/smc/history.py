@@ -119,7 +119,12 @@ def finish(frame, state, carry, ys, static, context) -> list[Any]:
     traced = _by_particle(ys, static, frame)
     if tree is not None:
         traced = tree.paths(frame.length, reverse=frame.reverse)
-    if "backward" in ys and frame.length > 0:
+    if "backward" in ys and frame.length > 0 and settings.smoothing == "two_filter":
+        from abduce.inference.smc.two_filter import simulate_forwards
+
+        traced, root, carry = simulate_forwards(frame, state, ys, traced, x, inner_state)
+        state.maps[-1] = root
+    elif "backward" in ys and frame.length > 0:
         from abduce.inference.smc.smoothing import simulate_backwards
 
         traced, root, last = simulate_backwards(frame, state, ys, traced, x, inner_state)

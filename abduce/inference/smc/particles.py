@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from abduce.errors import InvalidModel, InvalidValue
 from abduce.inference.smc.cloud import Cloud, Particles, Settings
 from abduce.inference.smc.draws import draw_site, score_site
+from abduce.inference.smc.quasi import quantiles
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import (
     broadcast_operand,
@@ -227,10 +228,13 @@ class Walker:
                 )
             value = value.astype(site.dtype)
         else:
-            value = draw_site(
-                site, lambda k, o: _draw(site.build(o), k, site), state.keys[address], self.n,
-                ops, mapped,
-            )  # fmt: skip
+            if state.points is not None and address in state.points:
+                value = quantiles(site, state.points[address], ops, mapped, self.n)
+            else:
+                value = draw_site(
+                    site, lambda k, o: _draw(site.build(o), k, site), state.keys[address], self.n,
+                    ops, mapped,
+                )  # fmt: skip
             value = self.settings.spread(value)
             scored = state.mode == "propose"
         if self.settings.conditional and address in state.retained:
@@ -339,6 +343,7 @@ class Walker:
                     proposed=state.proposed, mode=state.mode,
                 )  # fmt: skip
                 inner.conditional, inner.scans, inner.guard = True, -1, state.guard
+                inner.points = state.points
                 values = [
                     Particles(a) if m else a for a, m in zip(arrays, flags, strict=True)
                 ]  # fmt: skip

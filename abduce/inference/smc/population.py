@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -134,7 +135,12 @@ class Resampling:
         return population.ess < self.threshold * n
 
     def __call__(
-        self, key: Any, population: Population, tree: Any, positions: Any = None
+        self,
+        key: Any,
+        population: Population,
+        tree: Any,
+        positions: Any = None,
+        choose: Callable[[Any], Any] | None = None,
     ) -> tuple[Population, Any, Any, Any]:
         """Resamples if it is due.
 
@@ -143,6 +149,7 @@ class Resampling:
             population: The weights.
             tree: Arrays with leading axis N, to be permuted along.
             positions: For schemes that use them, `(N, d)`.
+            choose: From log weights to ancestors, in place of the scheme.
 
         Returns:
             The population, the tree, the ancestors `(N,)`, and whether it was resampled.
@@ -151,7 +158,10 @@ class Resampling:
         due = self.due(population)
 
         def yes(population, tree):
-            ancestors = self.ancestors(key, population.log_weights, positions)
+            if choose is None:
+                ancestors = self.ancestors(key, population.log_weights, positions)
+            else:
+                ancestors = choose(population.log_weights)
             fresh = jnp.zeros_like(population.log_weights)
             new = Population(
                 fresh, population.total, jnp.zeros_like(population.log_mean),

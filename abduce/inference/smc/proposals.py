@@ -24,7 +24,6 @@ __all__ = [
     "lookahead",
     "observations",
     "proposed_latents",
-    "root_of",
     "run_proposal",
     "stage_proposal",
     "tree_of",
@@ -60,7 +59,9 @@ def _stand_ins(tree: Any, leaves: dict[int, Any]) -> Any:
 
 def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: Any, known) -> None:
     """Runs a proposal for all particles; its values go to `state.proposed`."""
-    program, q = walk_proposal(walker, proposal, args, key, retained=state.retained)
+    program, q = walk_proposal(
+        walker, proposal, args, key, retained=state.retained, points=state.points
+    )
     latents = proposed_latents(program, known, state.inputs)
     for address in latents:
         state.proposed[address] = Particles(q.resolve(q.records[address]["value"])[0])
@@ -68,7 +69,14 @@ def run_proposal(walker: Walker, proposal: Any, args: Any, state: Cloud, key: An
 
 
 def walk_proposal(
-    walker: Walker, proposal: Any, args: Any, key: Any, *, retained: Any, mode: str = "propose"
+    walker: Walker,
+    proposal: Any,
+    args: Any,
+    key: Any,
+    *,
+    retained: Any,
+    mode: str = "propose",
+    points: Any = None,
 ) -> tuple[Any, Cloud]:
     """Runs a proposal for all particles, or scores `retained` under it (`mode='score'`).
 
@@ -80,7 +88,7 @@ def walk_proposal(
         first_keys(program.jaxpr, key), {}, Population.start(walker.n), retained=retained,
         mode=mode,
     )  # fmt: skip
-    q.scans = -1
+    q.scans, q.points = -1, points
     own = dataclasses.replace(walker, live=live_variables(program.jaxpr))
     walk(own, program.jaxpr, inputs, q)
     q.settle()
@@ -137,10 +145,6 @@ def lookahead(frame: Any, consts, carry, inputs, xs, extra) -> Any:
     if not any(a == 0 for a in axes):
         return jnp.broadcast_to(one(*arrays), (frame.n,))
     return jax.vmap(one, in_axes=axes, axis_size=frame.n)(*arrays)
-
-
-def root_of(name: str) -> str:
-    return re.split(r"[.\[]", name, maxsplit=1)[0]
 
 
 _STEP = re.compile(r"\[(?P<index>\d+)\]|\[(?P<key>'[^']*'|\"[^\"]*\")\]|\.(?P<attr>\w+)")

@@ -24,6 +24,7 @@ from abduce.ppl.operations import outside_scopes, prepare_given, to_physical
 from abduce.ppl.program import stage
 from abduce.ppl.replay import Replay, Sums
 from abduce.ppl.site import has_sites, site_p
+from abduce.ppl.slots import argument_names
 
 __all__ = ["Body", "Chain", "Visit", "float_part", "without_path"]
 
@@ -262,9 +263,8 @@ class Chain:
         sources, _ = _sources(self.program, self.arguments, self.given, state)
         p = eqn.params
         nc, nk = _jax.scan_split(eqn)
-        inner, _ = _jax.inner_jaxpr(p["jaxpr"])
-        names = tuple(n or "" for n in (inner.debug_info.arg_names or ()))
-        if len(names) != len(inner.invars):
+        names = argument_names(p["jaxpr"])
+        if not names:
             raise InvalidModel(
                 f"ab.guided: the body of the scan with {state!r} has no argument names. Define it "
                 f"as a plain function `def step(carry, x)`."

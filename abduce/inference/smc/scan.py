@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from abduce.errors import InvalidModel
+from abduce.inference.smc import quasi
 from abduce.inference.smc.cloud import (
     MOVE,
     NEXT_SCAN,
     PARIS,
     PROPOSE,
+    QMC,
     RENEW,
     STEP,
     Cloud,
@@ -33,12 +35,12 @@ from abduce.inference.smc.population import Population, take
 from abduce.inference.smc.proposals import (
     lookahead,
     observations,
-    root_of,
     run_proposal,
     tree_of,
 )
 from abduce.ppl import _jax
 from abduce.ppl.interpreter import addresses, walk
+from abduce.ppl.slots import argument_names, root_of
 
 __all__ = ["Frame", "run_scan"]
 
@@ -98,16 +100,16 @@ class Frame:
 
     def trees(self, consts: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
         """The carry and the input of a step, in the structure that the user's function has."""
-        names = _jax.inner_jaxpr(self.body)[0].debug_info.arg_names or ()
+        names = argument_names(self.body)
         values = self.wrapped(consts, carry, xs)
         nc, nk = len(self.consts), self.nk
-        if len(names) != len(values):
+        if not names and values:
             raise InvalidModel(
                 "the scan's body has no argument names, so a proposal cannot be called with its "
                 "carry and x. Define the body as a plain function `def step(carry, x)`."
             )
-        carry_name = next((root_of(s) for s in names[nc : nc + nk]), None)
-        x_name = next((root_of(s) for s in names[nc + nk :]), None)
+        carry_name = next((root_of(s) for s in names[nc : nc + nk] if s), None)
+        x_name = next((root_of(s) for s in names[nc + nk :] if s), None)
         parts: dict[Any, dict[str, Any]] = {carry_name: {}, x_name: {}}
         for name, value in zip(names, values, strict=True):
             if name and root_of(name) in parts and name not in parts[root_of(name)]:
@@ -131,6 +133,10 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         state.scans += 1
         if state.mode == "run" and number < len(walker.resume):
             resumed = walker.resume[number]
+    drawn: dict[str, Any] = {}
+    if settings.qmc:
+        quasi.require_outermost(number, frame.addresses)
+        drawn = quasi.drawn_sites(frame.body, state.inputs, scans=True)
     renews = settings.ancestor_sampling and resamples and number >= 0
     if renews:
         from abduce.inference.smc.smoothing import require_renewable
@@ -183,14 +189,18 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
     def ahead(consts, carry, inputs, xs, message):
         return lookahead(frame, consts, carry, inputs, xs, _extra(message))
 
-    def resample(key, population, carry, consts, amap, psi):
+    def resample(key, population, carry, consts, amap, psi, coordinate=None):
         movable = (
             [c if m else None for c, m in zip(carry, frame.carry_flags, strict=True)],
             [c if m else None for c, m in zip(consts, frame.const_flags, strict=True)],
             amap, psi,
         )  # fmt: skip
+        choose = None
+        if coordinate is not None:
+            order = quasi.carry_order(carry, frame.carry_flags, frame.n)
+            choose = lambda w: quasi.ancestors(key, coordinate, w, order)  # noqa: E731
         return movable, settings.resampling(
-            key, population, movable, _positions(frame, settings, carry)
+            key, population, movable, _positions(frame, settings, carry), choose
         )
 
     def merge(new, old):
@@ -202,10 +212,14 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         xs, inputs, held, key = x["xs"], x["inputs"], x["retained"], x["keys"]
         proposed = x["proposed"]
         due, ancestors = jnp.zeros((), bool), None
+        coordinate, uniform = None, None
+        if settings.qmc:
+            key_u = jax.random.fold_in(key[STEP], QMC)
+            coordinate, uniform = quasi.step_points(key_u, frame.n, drawn)
         if resamples and not moving:
             before = (carry, consts, _untwisted(population.log_weights, psi))
             movable, (population, moved, ancestors, due) = resample(
-                key[STEP], population, carry, consts, amap, psi
+                key[STEP], population, carry, consts, amap, psi, coordinate
             )
             if renews:  # not in a nested scan: what follows it outside would weigh as well
                 key_a = jax.random.fold_in(key[STEP], RENEW)
@@ -221,6 +235,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             proposed = take(proposed, amap)
         inner = inner_state(key, inputs, held, population)
         inner.proposed = {a: Particles(v) for a, v in proposed.items()}
+        inner.points = uniform
         if proposal is not None:
             args = (
                 observations(inputs, x["message"]),
@@ -280,13 +295,13 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
             for (a, m), want in zip(pairs[: frame.nk], frame.carry_flags, strict=True)
         ]
         if summing:
-            drawn = {a: inner.resolve(r["value"]) for a, r in inner.records.items()}
-            drawn = {a: Particles(v) for a, (v, m) in drawn.items() if m}
+            latent = {a: inner.resolve(r["value"]) for a, r in inner.records.items()}
+            latent = {a: Particles(v) for a, (v, m) in latent.items() if m}
             sums = paris.advance(
                 frame, settings.functionals, jax.random.fold_in(key[STEP], PARIS), entered,
                 new_carry, jnp.arange(frame.n) if ancestors is None else ancestors,
                 (xs, {**shared, **inputs}),
-                lambda carry: score_step(frame, consts, carry, xs, inputs, drawn, inner_state),
+                lambda carry: score_step(frame, consts, carry, xs, inputs, latent, inner_state),
             )  # fmt: skip
         report = {"ess": ess, "resampled": due}
         if moving:
@@ -300,7 +315,7 @@ def run_scan(walker: Walker, eqn: Any, vals: list[Any], state: Cloud) -> list[An
         y["nested"] = inner.reports
         if ancestors is not None and settings.store != "filter" and state.mode == "run":
             y["ancestors"] = ancestors
-            if settings.smoothing == "ffbs" and number >= 0:
+            if settings.smoothing in ("ffbs", "two_filter") and number >= 0:
                 y["backward"] = (new_carry, _untwisted(inner.population.log_weights, psi))
         return (new_carry, consts, inner.population, amap, psi, came, sums), y
 

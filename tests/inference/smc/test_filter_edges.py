@@ -163,7 +163,7 @@ def test_proposals_that_do_not_fit(proposal, match):
         ({"threshold": 2.0}, r"in \[0, 1\], got 2.0"),
         ({"threshold": "often"}, r"in \[0, 1\], got 'often'"),
         ({"store": "all"}, "store='all'; there are 'paths', 'tree', 'filter'"),
-        ({"smoothing": "two"}, "'genealogy', 'ffbs', 'paris'"),
+        ({"smoothing": "two"}, "'genealogy', 'ffbs', 'two_filter', 'paris'"),
         ({"num_particles": 0}, "num_particles must be an int >= 1, got 0"),
         ({"num_particle": 3}, 'Did you mean "num_particles"'),
         ({"proposal": lambda *a: None}, "proposal= takes a Model, got function"),
