@@ -33,10 +33,12 @@ from abduce.inference.drawing import (
     shorten,
     thin,
 )
+from abduce.inference.training_plot import plot_objective
 
 __all__ = [
     "plot_compare",
     "plot_intervals",
+    "plot_objective",
     "plot_pairs",
     "plot_predictive_check",
     "plot_trace",

@@ -8,6 +8,7 @@ from abduce.inference.drawing import density
 from abduce.inference.plots import (
     plot_compare,
     plot_intervals,
+    plot_objective,
     plot_pairs,
     plot_predictive_check,
     plot_trace,
@@ -159,3 +160,48 @@ def test_odd_draws(tmp_path):
 def test_messages(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_objective_has_its_median_and_the_skipped_steps(tmp_path):
+    """The median of a noisy climb is the climb; skipped steps are marked where they are."""
+    rng = np.random.default_rng(4)
+    steps = np.arange(1, 2001)
+    climb = -1000 * np.exp(-steps / 150)
+    values = climb + rng.normal(size=2000) * np.where(rng.random(2000) < 0.02, 200, 1)
+    values[[9, 700]] = np.nan, -np.inf
+    figure = plot_objective(values)
+    (axis,) = figure.axes
+    noisy, median, marks, _ = axis.lines
+    assert noisy.get_label() == "objective" and median.get_label() == "median of 40 steps"
+    late = median.get_xdata() > 500
+    apart = median.get_ydata() - climb[median.get_xdata() - 1]
+    assert np.abs(apart[late]).max() < 5 * 1.25 / 40**0.5 + 2
+    np.testing.assert_array_equal(marks.get_xdata(), [10, 701])
+    assert axis.get_ylim()[0] > -700  # the start does not squeeze the rest
+    assert [t.get_text() for t in figure.legends[0].texts][-1] == "2 skipped"
+    render(figure, tmp_path)
+
+
+def test_the_histories_of_fits_are_taken_as_they_are(tmp_path):
+    """`post.diagnostics` of `ab.vi` and `ab.gaussian_vi`, `est.history`."""
+    curve = np.linspace(3.0, 1.0, 100)
+    (axis,) = plot_objective({"objective": -curve, "elbo": -1.0, "num_nonfinite": 0}).axes
+    assert axis.get_ylabel() == "objective"
+    (axis,) = plot_objective({"elbo": -curve}, label="ELBO (nats)", window=3).axes
+    assert axis.get_ylabel() == "ELBO (nats)"
+    np.testing.assert_allclose(axis.lines[1].get_ydata()[1:-1], -curve[1:-1])
+    history = {"loss": curve, "validation_step": [50, 100], "validation_loss": [2.5, 4.0]}
+    figure = plot_objective(history)
+    (axis,) = figure.axes
+    np.testing.assert_array_equal(axis.lines[2].get_xydata(), [[50, 2.5], [100, 4.0]])
+    assert axis.get_ylim()[1] > 4
+    render(figure, tmp_path)
+    plot_objective([1.0]).savefig(tmp_path / "one.png")
+    with pytest.raises(InvalidValue, match=r"needs 'objective', 'loss' or 'elbo'.*'ess'"):
+        plot_objective({"ess": curve, "elbo": 3.0})
+    with pytest.raises(InvalidValue, match="none of the 2 steps is finite"):
+        plot_objective([np.nan, np.inf])
+    with pytest.raises(InvalidValue, match=r"shape \(steps,\), got \(2, 3\)"):
+        plot_objective(np.zeros((2, 3)))
+    with pytest.raises(InvalidValue, match="window must be an int"):
+        plot_objective(curve, window=0)

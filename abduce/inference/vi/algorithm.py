@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 import optax
@@ -18,6 +18,7 @@ from abduce.inference.problem import Problem
 from abduce.inference.psis import khat_threshold, psis, weights_ess
 from abduce.inference.vi.expectation import Expectation
 from abduce.inference.vi.guides import Family, mean_field
+from abduce.inference.vi.objectives import fivo
 from abduce.inference.vi.strategies import Strategy
 from abduce.inference.vi.training import Fit, Training, train
 from abduce.ppl.model import Model
@@ -32,7 +33,8 @@ class vi(Algorithm):
     Args:
         guide: A family of `ab.guides`, over the unconstrained coordinates of continuous latents;
             or a Model called as `guide(given, *args)` with the model's latents, whose `ab.param`
-            sites are fitted (a network of the data makes it amortized).
+            sites are fitted (a network of the data makes it amortized). With
+            `ab.objectives.fivo`: the proposal of a step, `guide(given, carry, x)`, or None.
         objective: From `ab.objectives`, or a function of `p` and `q`; None: the ELBO, for families
             with path derivatives by `ab.objectives.sticking_the_landing()`.
         optimizer: An optax transformation; None: Adam with a rate that falls to a hundredth of
@@ -110,6 +112,11 @@ class vi(Algorithm):
                     f"ab.vi: grad= takes strategies such as ab.grad.score(), got {strategy!r}."
                 )
 
+    @property
+    def needs_density(self) -> bool:  # type: ignore[override]
+        """Not for objectives that only simulate."""
+        return not getattr(self.objective, "simulates", False)
+
     def run(self, problem: Problem, key: Any) -> Posterior:
         if problem.is_traced or isinstance(key, jax.core.Tracer):
             raise InvalidAlgorithm(
@@ -124,21 +131,13 @@ class vi(Algorithm):
                 f"{shown}."
             )
         problem.require_latents("ab.vi")
-        guide = mean_field() if self.guide is None else self.guide
-        from abduce.inference.vi.tasks import FlatTask, ModelTask
-
-        task: Any
-        if isinstance(guide, Family):
-            task = FlatTask(self, guide, problem)
-        else:
-            task = ModelTask(self, guide, problem)
+        task = self._task(problem)
         k1, k2, k3 = jax.random.split(key, 3)
         fits = [self._fit(task, k, i) for i, k in enumerate(jax.random.split(k1, self.num_starts))]
         means = [_tail_mean(f.values) for _, f in fits]
         best = int(np.nanargmax(np.where(np.isnan(means), -np.inf, means)))
         fitted, fit = fits[best]
         messages = task.warnings() + _messages(self, task, fit, means)
-        draws, active, log_w = task.draw(fitted, fit.params, k2, self.num_samples)
         diagnostics: dict[str, Any] = {
             "objective": fit.values,
             "num_nonfinite": fit.num_nonfinite,
@@ -146,6 +145,9 @@ class vi(Algorithm):
         }
         if self.num_starts > 1:
             diagnostics["objective_of_starts"] = np.asarray(means)
+        if hasattr(task, "posterior"):  # draws by an algorithm of its own
+            return task.posterior(fit, k2, diagnostics, messages)
+        draws, active, log_w = task.draw(fitted, fit.params, k2, self.num_samples)
         if log_w is not None:
             messages += _weigh(log_w, diagnostics, self.num_samples)
         if fit.num_nonfinite:
@@ -154,7 +156,25 @@ class vi(Algorithm):
             problem, draws, algorithm="vi", diagnostics=diagnostics, messages=messages,
             active=active, resume={"guide": task.fitted_model(fitted, fit.params)},
         )  # fmt: skip
-        return eqx.tree_at(lambda p: p.params, post, task.public(fit.params))
+        return dataclasses.replace(
+            post, params=task.public(fit.params), arguments=task.fitted_arguments(fit.params)
+        )
+
+    def _task(self, problem: Problem) -> Any:
+        from abduce.inference.vi.filter_task import FilterTask
+        from abduce.inference.vi.tasks import FlatTask, ModelTask
+
+        if isinstance(self.objective, fivo):
+            if isinstance(self.guide, Family):
+                raise InvalidAlgorithm(
+                    f"ab.vi: with ab.objectives.fivo, guide= is the proposal of a step, a Model "
+                    f"called as guide(given, carry, x), or None; got {self.guide!r}."
+                )
+            return FilterTask(self, self.guide, problem)
+        guide = mean_field() if self.guide is None else self.guide
+        if isinstance(guide, Family):
+            return FlatTask(self, guide, problem)
+        return ModelTask(self, guide, problem)
 
     def _fit(self, task: Any, key: Any, number: int) -> tuple[Any, Fit]:
         k1, k2 = jax.random.split(key)

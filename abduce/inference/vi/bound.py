@@ -21,12 +21,53 @@ from abduce.inference.importance import importance
 from abduce.inference.target import FlatTarget
 from abduce.inference.vi.strategies import reparam, stop
 from abduce.ppl.inside import log_density, propose
-from abduce.ppl.language import sample
+from abduce.ppl.interpreter import State, walk
+from abduce.ppl.language import sample, scope
 from abduce.ppl.model import Model
+from abduce.ppl.naming import scoped
+from abduce.ppl.operations import prepare_params
+from abduce.ppl.program import relative, stage
+from abduce.ppl.site import bind
 
 __all__ = ["FlatDensity", "FlatGuide", "ModelDensity", "ModelGuide"]
 
 _fixed = jax.lax.stop_gradient
+
+
+_SCOPE = "abduce_simulated"
+
+
+class _Emit:
+    """Emits the sites again, without scoring them.
+
+    Args:
+        grad: A gradient strategy for all of them, or None for their own.
+    """
+
+    def __init__(self, grad: Any):
+        self.grad = grad
+
+    def site(self, site, operands, given, key, acc):
+        if site.kind == "param" and given is not None:
+            return [jnp.asarray(given.value, site.dtype)], acc, None
+        if self.grad is not None and site.kind == "sample":
+            site = site.replace(grad=self.grad)
+        out = bind(site, list(operands))
+        return [out], acc, {"value": out} if site.kind == "sample" else None
+
+
+def emit_choices(
+    m: Model, args: Any, kwargs: Any, params: Mapping[str, Any], grad: Any = None
+) -> dict[str, Any]:
+    """Runs a model as part of the program at hand; its choices by the model's own addresses."""
+    program, arguments = stage(m.with_algorithm(None), args, dict(kwargs))
+    infos = relative(program).sites
+    here = dataclasses.replace(program, sites=infos)
+    inputs = {scoped(a): g for a, g in prepare_params(here, params).items()}
+    state = State(None, inputs, jnp.zeros(()))
+    walk(_Emit(grad), program.jaxpr, program.inputs(arguments), state)
+    found = {a: s for a, s in infos.items() if scoped(a) in state.records}
+    return {a: s.to_logical(state.records[scoped(a)]["value"]) for a, s in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +83,13 @@ class ModelDensity:
     def __call__(self, z: Mapping[str, Any]) -> Any:
         choices = {**z, **self.given}
         return self.model.log_density(choices, *self.args, params=dict(self.params), **self.kwargs)
+
+    def simulate(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Latents and data of the model, drawn as part of the program; no derivative passes."""
+        with scope(_SCOPE):
+            z = emit_choices(self.model, self.args, self.kwargs, self.params, stop())
+        data = {a: z.pop(a) for a in self.given}
+        return z, data
 
     def frozen(self) -> ModelDensity:
         """With parameters that are held fixed."""
@@ -62,6 +110,13 @@ class ModelGuide:
         """A draw, as part of the program, and its log density."""
         grad = stop() if detached else None
         return propose(self.model, *self.args, params=self.params, grad=grad, **self.kwargs)
+
+    def draw(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A draw without its log density, given other data if there are any."""
+        seen, *rest = self.args
+        args = (seen if given is None else dict(given), *rest)
+        found = emit_choices(self.model, args, self.kwargs, self.params)
+        return {a: found[a] for a in self.latents}
 
     def __call__(self, z: Mapping[str, Any]) -> Any:
         return log_density(self.model, z, *self.args, params=self.params, **self.kwargs)

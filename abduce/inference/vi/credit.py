@@ -180,9 +180,15 @@ class Credit:
             value = operands[0] if given.value is None else given.value
             return Node(jnp.asarray(value, site.dtype))
         if site.kind != "sample":
+            remedy = "Add it to the result instead."
+            if "while_loop(" in site.address:
+                remedy = (
+                    "It is what ab.while_loop adds where it runs out of steps: write the loop as a "
+                    "jax.lax.scan over max_steps, with a flag in the carry."
+                )
             raise InvalidModel(
                 f"{site.kind} site {site.address!r} ({site.where}) is in an objective, which is "
-                f"what it returns: a {site.kind} has no effect. Add it to the result instead."
+                f"what it returns: a {site.kind} has no effect. {remedy}"
             )
         if "obs" in site.roles and "mask" not in site.roles:
             i = site.roles.index("obs")

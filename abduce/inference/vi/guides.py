@@ -19,6 +19,8 @@ import numpy as np
 from abduce.errors import NoDensity
 from abduce.inference.static import Static
 from abduce.inference.vi import flows
+from abduce.inference.vi.elements import families
+from abduce.inference.vi.faithful import faithful_inverse
 
 __all__ = [
     "Family",
@@ -239,17 +241,16 @@ class _Structured(_OfDim):
 class structured(Family):
     """A normal with the conditional independences of the posterior: a faithful inverse.
 
-    Which coordinates interact is read off the log density (where its Hessian is not zero, at
-    random points near the start). Eliminating the coordinates one by one, least connected first,
-    gives each one its parents among those that are left: the inverse of the model's graph that
-    has all its dependences and no needless one (Webb et al., "Faithful inversion of generative
-    models for effective amortized inference", NeurIPS 2018). The number of weights grows with the
-    model's structure instead of with the square of its size.
+    The dependences of the model are followed from element to element, through `vmap`, `scan` and
+    indices that are data. From them comes an order of the coordinates in which each depends on
+    those before it that it must, and on no other (Webb et al., "Faithful inversion of generative
+    models for effective amortized inference", NeurIPS 2018): elements of a plate on the global
+    latents alone, a step of a chain on the next. The number of weights grows with the model's
+    structure instead of with the square of its size.
     """
 
     def prepare(self, key, target, data, start, scale):
-        pattern = interactions(key, target, data, start)
-        order, parents = eliminate(pattern)
+        order, parents = faithful_inverse(families(target, data))
         position = {j: i for i, j in enumerate(order)}
         pairs = [(position[i], position[j]) for i in order for j in parents[i]]
         rows = tuple(r for r, _ in pairs)
@@ -258,34 +259,6 @@ class structured(Family):
         log_scale = jnp.log(scale)
         weights = jnp.zeros(len(pairs), start.dtype)
         return family, {"loc": start, "log_scale": log_scale, "weights": weights}
-
-
-def interactions(key: Any, target: Any, data: Any, start: Any) -> np.ndarray:
-    """Which pairs of coordinates the log density does not separate, `(dim, dim)` bool."""
-    pattern = np.zeros((len(start), len(start)), bool)
-    hessian = jax.jit(jax.hessian(lambda u: target(data, u)))
-    for k in jax.random.split(key, 3):
-        u = start + 0.5 * jax.random.normal(k, start.shape, start.dtype)
-        h = np.asarray(hessian(u))
-        pattern |= ~np.isfinite(h) | (h != 0)
-    return pattern | pattern.T
-
-
-def eliminate(pattern: np.ndarray) -> tuple[list[int], dict[int, list[int]]]:
-    """Order to draw the coordinates in, and the parents of each: minimum degree elimination."""
-    n = len(pattern)
-    neighbours = {i: {int(j) for j in np.flatnonzero(pattern[i]) if j != i} for i in range(n)}
-    parents: dict[int, list[int]] = {}
-    removed = []
-    while neighbours:
-        i = min(neighbours, key=lambda a: (len(neighbours[a]), a))
-        around = neighbours.pop(i)
-        parents[i] = sorted(around)
-        for a in around:
-            neighbours[a] |= around - {a}
-            neighbours[a].discard(i)
-        removed.append(i)
-    return removed[::-1], parents
 
 
 # ---------------------------------------------------------------------- flows

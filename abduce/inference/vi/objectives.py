@@ -3,8 +3,10 @@
 `p(z)` is the log density of model and data at the latents `z`; `q.propose()` draws `z` from the
 guide as part of the program and returns it with its log density; `q(z)` is the log density of
 given latents; `p.frozen()` and `q.frozen()` hold the parameters fixed; `q.propose(detached=True)`
-lets no derivative through the draw. An objective of one's own is a function of `p` and `q` written
-in the same way, for `ab.vi(objective=...)`.
+lets no derivative through the draw. Without densities, `p.simulate()` draws latents and data from
+the model, and `q.draw(data)` draws from the guide, given other data than those observed. An
+objective of one's own is a function of `p` and `q` written in the same way, for
+`ab.vi(objective=...)`.
 """
 
 from __future__ import annotations
@@ -16,18 +18,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from abduce.errors import InvalidAlgorithm
+from abduce.inference.smc.population import Resampling
 from abduce.inference.vi.strategies import zero_valued
+from abduce.ppl.model import Model
 
 __all__ = [
     "chi_squared",
     "diwhvi",
     "elbo",
+    "fivo",
     "forward_kl",
     "hvi",
     "iwelbo",
     "iwhvi",
+    "mmd",
     "renyi",
     "reweighted_wake_sleep",
     "sticking_the_landing",
@@ -247,6 +254,146 @@ class vimco:
         without = jax.vmap(lambda k: _mean_weight(log_w.at[k].set(others[k])))(jnp.arange(n))
         signal = stop(bound - without)
         return bound + jnp.sum(signal * zero_valued(log_q))
+
+
+@dataclasses.dataclass(frozen=True)
+class fivo:
+    """The bound of a particle filter, `E log Z_hat`, for models with a `lax.scan` that has data.
+
+    `Z_hat` is the filter's unbiased estimate of the evidence, so its log is a lower bound on
+    average, which rises with the number of particles and is tight far beyond `iwelbo` for long
+    series (Maddison et al., "Filtering variational objectives", 2017; Naesseth et al., 2018; Le et
+    al., 2018). Fitted are the parameters of the model and of the filter's proposals:
+    `ab.vi(guide=step, objective=ab.objectives.fivo(16))`, where `step(given, carry, x)` is a Model
+    called at each step of the scan as in `ab.smc(proposal=step)`; without `guide=`, particles come
+    from the model.
+
+    The posterior of the fit is that of `ab.smc` at the fitted parameters with `num_samples`
+    particles; `post.as_model()` is the fitted proposal, and its `initial` that of `initial=`.
+
+    Args:
+        num_particles: `N`.
+        initial: A Model `initial(given, *args)` of latents outside of the scan, or None.
+        resampler, threshold: As of `ab.smc`; None: 'systematic' and 0.5, with
+            `resampling_gradient` 'multinomial' and 1. Threshold 0 never resamples, which makes the
+            bound that of `iwelbo`.
+        resampling_gradient: By default the derivative holds the ancestors that resampling chooses
+            fixed: it is **biased**, of low variance, and what is used in practice. True adds the
+            score of the ancestors, which makes it unbiased, and noisy. That needs independent
+            ancestors at fixed times: 'multinomial', and a threshold of 1 or 0.
+
+    Raises (on use):
+        InvalidAlgorithm: The model has no scan with data.
+        DiscreteLatent: A latent is discrete, so its draw has no path to follow.
+    """
+
+    num_particles: int = 16
+    initial: Any = None
+    resampler: str | None = None
+    threshold: float | None = None
+    resampling_gradient: bool = False
+
+    def __post_init__(self):
+        _count("fivo", "num_particles", self.num_particles)
+        scored = self.resampling_gradient
+        if self.resampler is None:
+            object.__setattr__(self, "resampler", "multinomial" if scored else "systematic")
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", 1.0 if scored else 0.5)
+        Resampling(str(self.resampler), self.threshold or 0.0)  # checks them
+        if scored and (self.resampler != "multinomial" or self.threshold not in (0, 1)):
+            raise InvalidAlgorithm(
+                f"ab.objectives.fivo: resampling_gradient=True needs resampler='multinomial' and "
+                f"threshold=1 (or 0), got {self.resampler!r} and {self.threshold}: of other "
+                f"schemes the ancestors have no simple score, and when to resample would jump."
+            )
+        if self.initial is not None and not isinstance(self.initial, Model):
+            raise InvalidAlgorithm(
+                f"ab.objectives.fivo: initial= takes a Model, got {type(self.initial).__name__}. "
+                f"Decorate the function with @ab.model."
+            )
+
+    def __call__(self, p: Any, q: Any) -> Any:
+        return p.log_evidence(self, q)
+
+
+@dataclasses.dataclass(frozen=True)
+class mmd:
+    """Maximum mean discrepancy between an amortized guide and the posterior, from simulations.
+
+    Neither the model nor the guide needs a density: either may be a `dist.Simulator`. Each step
+    draws latents `z` and data `x` from the model and some `u_i` from the guide given `x`, and
+    raises the kernel score `2 mean_i k(u_i, z) - mean_(i != j) k(u_i, u_j)`. Its mean is, up to a
+    constant, minus the squared discrepancy between the guide and the posterior given `x`, averaged
+    over the model's data, so that it is largest where the two agree; gradients are unbiased
+    (Gretton et al. 2012; Gneiting and Raftery 2007, section 5; Pacchiardi and Dutta,
+    "Likelihood-free inference with generative neural networks via scoring rule minimization",
+    2022). The guide has to be a function of the data that it is given; parameters of the model do
+    not move. Observed values enter after the fit.
+
+    Each number of a latent is divided by its standard deviation over the other simulations of the
+    step.
+
+    Args:
+        num_particles: Draws of the guide for each simulation, at least 2.
+        num_simulations: Pairs of latents and data at each step, at least 3.
+        kernel: 'energy', `k(u, z) = -|u - z|`, whose discrepancy is the energy distance, for laws
+            with a mean; or 'gaussian', `exp(-|u - z|^2 / 2 h^2)`, which is bounded.
+        bandwidth: `h`, in standard deviations.
+
+    Raises (on use):
+        InvalidAlgorithm: Data are observed in the program (`obs=`), so that they cannot be
+            simulated.
+    """
+
+    num_particles: int = 8
+    num_simulations: int = 64
+    kernel: str = "energy"
+    bandwidth: float = 1.0
+    simulates = True
+
+    def __post_init__(self):
+        for field, least in (("num_particles", 2), ("num_simulations", 3)):
+            if _count("mmd", field, getattr(self, field)) < least:
+                raise InvalidAlgorithm(f"ab.objectives.mmd: {field} must be at least {least}.")
+        if self.kernel not in ("energy", "gaussian"):
+            raise InvalidAlgorithm(
+                f"ab.objectives.mmd: kernel={self.kernel!r}; there are 'energy' and 'gaussian'."
+            )
+        if not self.bandwidth > 0:
+            raise InvalidAlgorithm(
+                f"ab.objectives.mmd: bandwidth must be positive, got {self.bandwidth!r}."
+            )
+
+    def __call__(self, p: Any, q: Any) -> Any:
+        m, n = self.num_particles, self.num_simulations
+
+        def one(_):
+            z, data = p.simulate()
+            return _flat(z), jax.vmap(lambda _: _flat(q.draw(data)))(jnp.arange(m))
+
+        z, u = jax.vmap(one)(jnp.arange(n))
+        # of the others alone: the score of a pair stays proper
+        mean = (jnp.sum(z, 0) - z) / (n - 1)
+        square = (jnp.sum(z**2, 0) - z**2) / (n - 1)
+        variance = stop(square - mean**2)
+        scale = jnp.where(variance > 0, variance, 1.0) ** -0.5
+        to_truth = jax.vmap(jax.vmap(self._k, (0, None, None)))(u, z, scale)
+        first, second = np.triu_indices(m, 1)
+        among = jax.vmap(jax.vmap(self._k, (0, 0, None)))(u[:, first], u[:, second], scale)
+        return 2 * jnp.mean(to_truth) - jnp.mean(among)
+
+    def _k(self, a: Any, b: Any, scale: Any) -> Any:
+        square = jnp.sum(((a - b) * scale) ** 2)
+        if self.kernel == "gaussian":
+            return jnp.exp(-0.5 * square / self.bandwidth**2)
+        apart = square > 0  # equal draws of a discrete latent: no derivative of the root
+        return -jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
+
+
+def _flat(z: Any) -> Any:
+    """All latents as one vector."""
+    return jnp.concatenate([jnp.ravel(z[a]).astype(jnp.result_type(float)) for a in sorted(z)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from numpyro.distributions import biject_to
 
-from abduce.errors import InvalidAlgorithm, InvalidModel, InvalidValue, NoDensity
+from abduce.errors import InvalidAlgorithm, InvalidModel, NoDensity
 from abduce.inference.init import starting_points
 from abduce.inference.problem import Problem
 from abduce.inference.target import constrain, make_target
 from abduce.inference.vi.bound import FlatDensity, FlatGuide, ModelDensity, ModelGuide
 from abduce.inference.vi.expectation import Expectation
+from abduce.inference.vi.fit_parameters import Parameters, constrained, like
 from abduce.inference.vi.fitted import FittedFamily, WithParams
 from abduce.inference.vi.frame import begin
 from abduce.inference.vi.minibatch import Batches, Rescaled, Rows
@@ -30,16 +30,15 @@ from abduce.inference.vi.objectives import diwhvi, elbo, iwhvi, sticking_the_lan
 from abduce.ppl.language import sample
 from abduce.ppl.masked import Masked
 from abduce.ppl.model import Model
-from abduce.ppl.operations import execute
 from abduce.ppl.program import pack
 from abduce.ppl.replay import Replay
 
-__all__ = ["FlatTask", "ModelTask"]
+__all__ = ["FlatTask", "ModelTask", "Program", "as_given", "blame"]
 
 _TRIES = 100
 
 
-class _Program(Model):
+class Program(Model):
     """The objective as a program; or, with `draw`, a draw and its log weight."""
 
     objective: Any = eqx.field(static=True)
@@ -55,6 +54,11 @@ class _Program(Model):
         return self.objective(p, q)
 
 
+def as_given(g: Any) -> Any:
+    """An observed value as users pass it."""
+    return g.value if g.mask is None else Masked(g.value, g.mask)
+
+
 def _draw(p: Any, q: Any) -> Any:
     """A draw with its log weight, as an 'objective'."""
     z, log_q = q.propose()
@@ -67,6 +71,10 @@ def _density_alone(p: Any, q: Any) -> Any:
 
 def _draw_only(p: Any, q: Any) -> Any:
     return q.propose()[0], jnp.zeros(())
+
+
+def _choices_only(p: Any, q: Any) -> Any:
+    return q.draw(), jnp.zeros(())
 
 
 @eqx.filter_jit
@@ -100,6 +108,11 @@ class FlatTask:
     num_particles = 16
 
     def __init__(self, alg: Any, guide: Any, problem: Problem):
+        if not alg.needs_density:
+            raise InvalidAlgorithm(
+                f"ab.objectives.{type(alg.objective).__name__} fits a guide to simulated data, so "
+                f"it needs a guide that is a Model called as guide(given, *args), got {guide!r}."
+            )
         self.rate = guide.rate
         self.alg, self.guide, self.problem = alg, guide, problem
         self.batches = None
@@ -124,26 +137,32 @@ class FlatTask:
             start = jnp.asarray(np.asarray(propose(jax.random.fold_in(k1, attempt), attempt))[0])
             if np.isfinite(float(_density(target, data, start))):
                 break
-        self._explain = describe(np.asarray(start))
+        self._explain = functools.partial(describe, np.asarray(start))
         return begin(self.guide, k2, target, data, start)
 
     def explain_start(self) -> str:
-        return str(self._explain)
+        return str(self._explain())
 
     def warnings(self) -> list[str]:
-        """The density must be continuous for the path derivative to be right."""
-        program = Expectation(_Program(_density_alone, _FlatBind(self.target, self.target.dim)), ())
+        """What a family leaves as it is, and where the path derivative may be wrong."""
+        kept = list(self.problem.program.of_kind("param"))
+        messages = [
+            f"ab.vi: the families of ab.guides are over latents alone, so {', '.join(kept)} "
+            f"{'keep their initial values' if len(kept) > 1 else 'keeps its initial value'}. To "
+            f"fit parameters of the model, pass a Model as guide=."
+        ] if kept else []  # fmt: skip
+        program = Expectation(Program(_density_alone, _FlatBind(self.target, self.target.dim)), ())
         try:
             program.strategies((), self.data)
         except InvalidModel as e:
             what = str(e).partition(", so the cost")[0].removeprefix("the value of 'guide' ")
-            return [
+            messages += [
                 f"ab.vi: in the log density of `{self.problem.program.name}`, a value that depends "
                 f"on the latents {what}. If the density jumps there, the derivative along the path "
                 f"leaves the jumps out: pass a Model as guide= with grad=ab.grad.score() at its "
                 f"choices, or use ab.smc or ab.mh."
             ]
-        return []
+        return messages
 
     def program(self, family, objective):
         if isinstance(objective, (iwhvi, diwhvi)):
@@ -156,7 +175,7 @@ class FlatTask:
                 "ab.vi: ab.guides.implicit has no density, only an estimate of its entropy: use "
                 "objective=ab.objectives.elbo()."
             )
-        return _Program(objective, _FlatBind(self.target, family))
+        return Program(objective, _FlatBind(self.target, family))
 
     def default_objective(self, family):
         return sticking_the_landing() if family.sticks else elbo()
@@ -165,11 +184,11 @@ class FlatTask:
         return params
 
     def private(self, given, params):
-        return _like(given, params)
+        return like(given, params)
 
     def draw(self, family, params, key, n):
         bind = _FlatBind(self.full_target, family)
-        program = _Program(_draw if family.has_density else _draw_only, bind)
+        program = Program(_draw if family.has_density else _draw_only, bind)
         u, log_w = _many(program, params, self.full_data, key, n)
         draws, active = constrain(
             self.full_target, self.full_data, self.problem.program, np.asarray(u)
@@ -185,6 +204,9 @@ class FlatTask:
             source=self.problem.program.name,
         )  # fmt: skip
 
+    def fitted_arguments(self, params):
+        return self.problem.arguments
+
     def blame(self, family, fit, key):
         step, params = fit.first_bad
         u, _ = family.draw(params, jax.random.normal(key, (family.noise_dim,)))
@@ -194,7 +216,7 @@ class FlatTask:
             a for a, r in out["records"].items()
             if "score" in r and not np.isfinite(np.asarray(r["score"])).all()
         ]  # fmt: skip
-        return _blame(fit, step, bad)
+        return blame(fit, step, bad)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -202,7 +224,7 @@ def _density(target, data, u):
     return target(data, u)
 
 
-def _blame(fit: Any, step: int, bad: list[str]) -> str:
+def blame(fit: Any, step: int, bad: list[str]) -> str:
     where = f" (first at step {step}"
     where += f", from site {', '.join(map(repr, bad))})" if bad else ")"
     return (
@@ -212,51 +234,28 @@ def _blame(fit: Any, step: int, bad: list[str]) -> str:
     )
 
 
-def _like(given: Any, params: Any) -> Any:
-    """Starting parameters in the structure that is fitted."""
-    if jax.tree.structure(given) != jax.tree.structure(params):
-        raise InvalidValue(
-            f"ab.vi: params= has the structure {jax.tree.structure(given)}, the guide "
-            f"{jax.tree.structure(params)}. Pass post.params of a fit with the same guide."
-        )
-    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(params), strict=True):
-        if jnp.shape(a) != jnp.shape(b):
-            raise InvalidValue(f"ab.vi: params= has shape {jnp.shape(a)}, expected {jnp.shape(b)}.")
-    return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), given, params)
-
-
 # ---------------------------------------------------------------------- Models
 
 
 class _ModelBind:
     """`params, data -> p, q` for a guide that is a Model; hashable."""
 
-    def __init__(self, latents, of_model, of_guide, constraints):
-        self.key = (latents, of_model, of_guide)
-        self.constraints = constraints
+    def __init__(self, latents, parameters):
+        self.key = (latents, parameters.found)
+        self.parameters = parameters
 
     def __call__(self, params, data):
         model, (guide, given, args), kwargs = data.unpack()
-        latents, of_model, of_guide = self.key
-        values = constrained(params, self.constraints)
-        p = ModelDensity(model, args, kwargs, given, {a: values[a] for a in of_model})
+        of_model, of_guide = self.parameters.split(params)
+        p = ModelDensity(model, args, kwargs, given, of_model)
         seen = {a: g.values if isinstance(g, Masked) else g for a, g in given.items()}
-        q = ModelGuide(guide, latents, (seen, *args), kwargs, {a: values[a] for a in of_guide})
-        return p, q
+        return p, ModelGuide(guide, self.key[0], (seen, *args), kwargs, of_guide)
 
     def __hash__(self):
         return hash(self.key)
 
     def __eq__(self, other):
         return type(other) is type(self) and self.key == other.key
-
-
-def constrained(params: Any, constraints: Any) -> dict[str, Any]:
-    """Parameters on their own scale."""
-    return {
-        a: x if constraints.get(a) is None else biject_to(constraints[a])(x)
-        for a, x in params.items()
-    }
 
 
 class ModelTask:
@@ -269,15 +268,14 @@ class ModelTask:
         self.alg, self.problem = alg, problem
         model = problem.model
         guide = guide.with_algorithm(None) if getattr(guide, "algorithm", None) else guide
-        given = {
-            a: g.value if g.mask is None else Masked(g.value, g.mask)
-            for a, g in problem.given.items()
-        }
+        given = {a: as_given(g) for a, g in problem.given.items()}
         if any(isinstance(g, Masked) for g in given.values()):
             raise InvalidAlgorithm(
                 "ab.vi: a guide that is a Model cannot cover data that are observed in part "
                 "(ab.masked). Use a family of ab.guides."
             )
+        if not alg.needs_density:
+            require_simulated(alg, problem)
         self.model, self.guide, self.given = model, guide, given
         self.args, self.kwargs = problem.args, problem.kwargs
         self.slice_data = None
@@ -295,27 +293,11 @@ class ModelTask:
             self.slice_data = Rows(self.data, small, batches.total, batches.size)
             full = small
         model, (guide, given, args), kwargs = full.unpack()
-        self._params(model, guide, given, args, kwargs)
-        self._check_latents()
-
-    def _params(self, model, guide, given, args, kwargs):
         self.guide_program, guide_arguments = guide._stage((given, *args), kwargs)
-        program, arguments = model._stage(args, kwargs)
-        self.initial, self.constraints, found = {}, {}, []
-        for prog, packed in ((program, arguments), (self.guide_program, guide_arguments)):
-            mine = prog.of_kind("param")
-            found.append(tuple(mine))
-            values = _param_values(prog, packed) if mine else {}
-            for a, info in mine.items():
-                old = self.initial.get(a)
-                if old is not None and old.shape != values[a].shape:
-                    raise InvalidAlgorithm(
-                        f"ab.vi: parameter {a!r} has shape {old.shape} in the model and "
-                        f"{values[a].shape} in the guide. Give them different names."
-                    )
-                self.initial[a] = values[a]
-                self.constraints[a] = info.site.constraint
-        self.of_model, self.of_guide = found
+        staged = (model._stage(args, kwargs), (self.guide_program, guide_arguments))
+        self.parameters = Parameters(staged)
+        self._check_latents()
+        self._check_scored()
 
     def _check_latents(self):
         mine = set(self.problem.latents)
@@ -336,11 +318,21 @@ class ModelTask:
                 )
             )  # fmt: skip
 
+    def _check_scored(self):
+        """The guide has densities.
+
+        Raises:
+            NoDensity: It has not, and the objective needs them.
+        """
+        for address, info in self.guide_program.latents.items():
+            if not info.has_density and self.alg.needs_density:
+                raise NoDensity(
+                    f"ab.vi: site {address!r} of the guide ({info.site.where}) is a "
+                    f"dist.Simulator, which has no density. Use objective=ab.objectives.mmd()."
+                )
+
     def prepare(self, key):
-        params = {}
-        for a, x in self.initial.items():
-            c = self.constraints[a]
-            params[a] = x if c is None else biject_to(c)._inverse(x)
+        params = self.parameters.start()
         if not params:
             raise InvalidAlgorithm(
                 f"ab.vi: neither the model nor the guide `{self.guide.name}` has a parameter to "
@@ -355,25 +347,19 @@ class ModelTask:
         return "the guide's draws have no density under the model, or the other way round."
 
     def _bind(self):
-        return _ModelBind(
-            tuple(self.problem.latents), self.of_model, self.of_guide, self.constraints
-        )
+        return _ModelBind(tuple(self.problem.latents), self.parameters)
 
     def program(self, fitted, objective):
-        return _Program(objective, self._bind())
+        return Program(objective, self._bind())
 
     def default_objective(self, fitted):
         return elbo()
 
     def public(self, params):
-        return constrained(params, self.constraints)
+        return constrained(params, self.parameters.constraints)
 
     def private(self, given, params):
-        given = {
-            a: x if self.constraints.get(a) is None else biject_to(self.constraints[a])._inverse(x)
-            for a, x in given.items()
-        }
-        return _like(given, params)
+        return self.parameters.private(given, params)
 
     def _objective(self):
         summed = self.alg.objective
@@ -382,20 +368,26 @@ class ModelTask:
         return _MarginalDraw(summed.num_auxiliary, summed.reverse)
 
     def draw(self, fitted, params, key, n):
-        program = _Program(self._objective(), self._bind())
+        sites = [*self.problem.program.sites.values(), *self.guide_program.sites.values()]
+        scored = all(s.has_density for s in sites if s.kind == "sample")
+        program = Program(self._objective() if scored else _choices_only, self._bind())
         z, log_w = _many(program, params, self.all_data, key, n)
         draws = {a: np.asarray(z[a])[None] for a in self.problem.program.sites if a in z}
-        return draws, None, np.asarray(log_w)
+        return draws, None, np.asarray(log_w) if scored else None
 
     def fitted_model(self, fitted, params):
-        values = constrained(params, self.constraints)
-        return WithParams(self.guide, {a: values[a] for a in self.of_guide})
+        return WithParams(self.guide, self.parameters.split(params)[1])
+
+    def fitted_arguments(self, params):
+        """What predictions are made with: the model with its fitted parameters."""
+        values = self.parameters.split(params)[0]
+        if not values:
+            return self.problem.arguments
+        return pack(WithParams(self.problem.model, values), self.args, self.kwargs)
 
     def blame(self, fitted, fit, key):
         step, params = fit.first_bad
-        values = constrained(params, self.constraints)
-        guide = {a: values[a] for a in self.of_guide}
-        model = {a: values[a] for a in self.of_model}
+        model, guide = self.parameters.split(params)
         bad: set[str] = set()
         for k in jax.random.split(key, 20):
             trace = self.guide.simulate(k, self.given, *self.args, params=guide, **self.kwargs)
@@ -404,7 +396,32 @@ class ModelTask:
                 k, {**self.given, **z}, *self.args, params=model, **self.kwargs
             )
             bad |= {a for a, s in full.scores.items() if not np.isfinite(np.asarray(s)).all()}
-        return _blame(fit, step, sorted(bad))
+        return blame(fit, step, sorted(bad))
+
+
+def require_simulated(alg: Any, problem: Problem) -> None:
+    """The model and its data can be simulated as they are.
+
+    Raises:
+        InvalidAlgorithm: They cannot.
+    """
+    name = f"ab.objectives.{type(alg.objective).__name__}"
+    if alg.batch is not None:
+        raise InvalidAlgorithm(
+            f"{name} simulates all data anew at each step: leave batch= and batch_size= out."
+        )
+    for address, info in problem.program.sites.items():
+        why = None
+        if info.kind == "factor":
+            why = "is a factor, which cannot be simulated"
+        elif info.kind == "sample" and info.observed:
+            why = "is observed in the program; pass its value by given= instead of obs="
+        elif info.kind == "sample" and info.conditional:
+            why = "is in a branch, so that not every simulation has it"
+        if why is not None:
+            raise InvalidAlgorithm(f"{name}: site {address!r} ({info.site.where}) {why}.")
+    if not problem.given:
+        raise InvalidAlgorithm(f"{name}: there are no data; pass them by given=.")
 
 
 class _MarginalDraw:
@@ -421,13 +438,6 @@ class _MarginalDraw:
 
     def __eq__(self, other):
         return type(other) is type(self) and self.key == other.key
-
-
-def _param_values(program: Any, arguments: Any) -> dict[str, Any]:
-    """Initial values of the parameters."""
-    record = frozenset({"value"})
-    out = execute(Replay(record=record, score=False), arguments, jax.random.key(0), {})
-    return {a: out["records"][a]["value"] for a in program.of_kind("param")}
 
 
 def accepts(model: Any) -> list[str]:

@@ -169,6 +169,7 @@ def train(
         stopped = "interrupted"
     params, _, _, bad, bad_params = state
     at = None if int(bad) < 0 else (int(bad), bad_params)
+    values = np.where(~finite & np.isfinite(values), np.nan, values)  # a derivative was not finite
     return Fit(params, values, int((~finite).sum()), at, stopped, resumed)
 
 

@@ -102,6 +102,7 @@ def assert_decay(post):
     assert post["x"].shape[2:] == (8,)
 
 
+@pytest.mark.slow
 def test_particle_gibbs_infers_parameters():
     alg = ab.particle_gibbs(num_particles=10, num_warmup=200, num_samples=600, num_chains=4)
     post = alg(unknown_decay).posterior(jax.random.key(2), 8, given={"y": Y})

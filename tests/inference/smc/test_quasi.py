@@ -58,6 +58,7 @@ def test_the_variance_of_the_evidence_falls_and_its_mean_stays():
     assert_unbiased(log_z[True], truth, 0.01)
 
 
+@pytest.mark.slow
 def test_the_variance_falls_faster_than_one_over_n():
     """From N = 16 to 256, by a factor of 16 for independent draws; 4 times that is asked for."""
     few, many = (
@@ -110,6 +111,7 @@ def spiral_evidence(ys):
     return log_z
 
 
+@pytest.mark.slow
 def test_two_dimensions_along_the_hilbert_curve():
     rng = np.random.default_rng(2)
     ys = rng.normal(size=(8, 2))

@@ -74,6 +74,7 @@ def levels(n):
     ab.deterministic("first", vs[0])
 
 
+@pytest.mark.slow
 def test_positive_states_in_a_scan_that_runs_backwards():
     def one(key):
         post = ALG(levels).posterior(key, 8, given={"y": Y[::-1]})

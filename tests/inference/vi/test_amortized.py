@@ -332,6 +332,7 @@ def exact_hierarchy_elbo(m, a, x, covariate):
     return prior + likelihood + entropy.sum()
 
 
+@pytest.mark.slow
 @fixed_guide
 def test_the_objective_of_minibatches_has_the_mean_of_all_data(x64):
     """At parameters that do not move, and the derivative by a rate that hardly moves them."""

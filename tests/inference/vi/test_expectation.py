@@ -535,6 +535,13 @@ def test_errors():
         return p
 
     refused(factored, "factor site 'f'.*has no effect")
+
+    def looped(p):
+        return ab.while_loop(
+            lambda x: x < 1, lambda x: x + ab.sample("x", dist.Bernoulli(p)), 0.0, max_steps=3
+        )
+
+    refused(looped, r"while_loop\(x\).*runs out of steps: write the loop as a jax.lax.scan")
     refused(
         lambda p: ab.sample("z", dist.Bernoulli(p), grad=ab.grad.score("leave_one_out")) * 1.0,
         "num_samples >= 2", ab.InvalidValue,

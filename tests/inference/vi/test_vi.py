@@ -85,6 +85,7 @@ def gamma_evidence():
     return gammaln(16.0) - 16 * np.log(6.0) - gammaln(2.0) - gammaln(COUNTS + 1.0).sum()
 
 
+@pytest.mark.slow
 def test_a_flow_reaches_a_positive_site():
     alg = ab.vi(guide=ab.guides.flow(), num_steps=1500, progress_bar=False)
     post = alg(counts).posterior(KEY, 5, given={"k": COUNTS})
@@ -272,6 +273,40 @@ def test_a_bad_guide_is_reported():
 
     with pytest.warns(ab.AbduceWarning, match=r"Pareto k is .*ab.importance\(proposal=post\)"):
         quick(ab.guides.mean_field())(heavy).posterior(KEY)
+
+
+@ab.model
+def shifted(n):
+    level = ab.param("level", 0.0)
+
+    def one(_):
+        z = ab.sample("z", dist.Normal(0.0, 1.0))
+        ab.sample("y", dist.Normal(level + z, 1.0))
+
+    jax.vmap(one)(jnp.arange(n))
+
+
+def test_predictions_are_those_of_the_fitted_parameters():
+    """New data lie around the fitted level, not around the initial one; 5 standard errors."""
+
+    @ab.model
+    def guide(given, n):
+        slope = ab.param("slope", 0.0)
+        jax.vmap(lambda y: ab.sample("z", dist.Normal(slope * (y - 5), 0.7)))(given["y"])
+
+    y = 5 + 1.4 * np.random.default_rng(0).normal(size=200).astype(np.float32)
+    alg = ab.vi(guide=guide, num_steps=500, optimizer=optax.adam(0.05), num_samples=200,
+                progress_bar=False)  # fmt: skip
+    post = alg(shifted).posterior(KEY, 200, given={"y": y})
+    assert abs(post.params["level"] - y.mean()) < 0.2
+    ahead = np.asarray(post.predict(KEY, redraw="z")["y"])
+    assert abs(ahead.mean() - post.params["level"]) < 5 * 1.5 / ahead.size**0.5
+
+
+def test_a_family_says_that_it_leaves_parameters_of_the_model():
+    alg = ab.vi(num_steps=2, num_samples=50, progress_bar=False)
+    with pytest.warns(ab.AbduceWarning, match="level keeps its initial value"):
+        alg(shifted).posterior(KEY, 3, given={"y": np.zeros(3, np.float32)})
 
 
 def test_errors():
