@@ -14,13 +14,22 @@ import numpy as np
 from abduce.amortized.composition import compose, composes
 from abduce.amortized.encoder import feature_scales, raw_features
 from abduce.amortized.fitting import check_rows, plan_run, simulate_rows
+from abduce.amortized.gnpe import (
+    attach,
+    gibbs_draws,
+    main_part,
+    make_task,
+    new_network,
+    pose_scales,
+    refuse_density,
+)
 from abduce.amortized.layout import Layout, continuous_target
 from abduce.amortized.networks import stacked
 from abduce.amortized.novelty import Novelty, measure
 from abduce.amortized.own_checks import check_estimator
 from abduce.amortized.posing import pose, require_model
 from abduce.amortized.posterior_model import AmortizedLaw, AmortizedModel, make_law
-from abduce.amortized.posterior_network import PosteriorNetwork, PosteriorTask, Settings, fits
+from abduce.amortized.posterior_network import PosteriorTask, Settings, fits
 from abduce.amortized.probes import Probes, make_probes, verify
 from abduce.amortized.reading import check_sites, read_example, require_fitted
 from abduce.amortized.training import train
@@ -50,6 +59,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         history: Of training: `loss` per step, `validation_step`, `validation_loss` (nats).
         num_samples: Draws of a posterior.
         report: The checks it was saved with, as plain values, or None.
+        equivariance: How a pose moves the data, or None.
     """
 
     kind: str = eqx.field(static=True)
@@ -64,6 +74,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
     history: Any = None
     num_samples: int = eqx.field(static=True, default=4000)
     report: Any = None
+    equivariance: Any = eqx.field(static=True, default=None)
 
     traceable = True
     needs_density = False
@@ -152,14 +163,15 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         settings = self.settings
         if settings.num_candidates is None:
             settings = dataclasses.replace(settings, num_candidates=_CANDIDATES if few else 0)
-        task = PosteriorTask(self.layout, dataclasses.replace(settings, frame=False))
+        plain = dataclasses.replace(settings, frame=False)
+        task = make_task(self.layout, plain, self.equivariance)
         sample = self._examples(task, k_scales, plan.sample)
         scales, shapes = self._scales(sample)
         if settings.frame is None:
-            plain = not self.layout.discrete and not self.layout.conditional
-            wanted = few and plain and fits(task, sample, scales, self.simulation)
+            simple = not self.layout.discrete and not self.layout.conditional
+            wanted = few and simple and fits(task, sample, scales, self.simulation)
             settings = dataclasses.replace(settings, frame=bool(wanted))
-        task = PosteriorTask(self.layout, settings)
+        task = make_task(self.layout, settings, self.equivariance)
         me = dataclasses.replace(self, settings=settings)
         network = me._new_network(k_network, shapes)
         out = train(
@@ -171,7 +183,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             self, settings=settings, scales=scales, network=out.network, history=out.history,
             probes=make_probes(self.layout, self.simulation, plan.sample),
         )
-        return dataclasses.replace(fitted, novelty=measure(fitted, sample))
+        return dataclasses.replace(fitted, novelty=measure(main_part(fitted), sample))
 
     def fit_rounds(
         self,
@@ -215,6 +227,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         from abduce.amortized.rounds import fit_rounds
 
         name = f"{self.name}.fit_rounds"
+        refuse_density(self, "fit_rounds")
         require_model(self, f"Make a new one with ab.{self.name}(model, ...).")
         check_count(name, "num_rounds", num_rounds)
         check_count(name, "budget", budget, 20)
@@ -273,11 +286,11 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             "u": (jnp.asarray(centre, dtype), jnp.asarray(spread, dtype)),
             "features": feature_scales(self.layout, raw),
         }
-        return scales, shapes
+        return scales | pose_scales(self, sample), shapes
 
     def _new_network(self, key: Any, shapes: Any) -> Any:
         def make(key):
-            return PosteriorNetwork(key, self.layout, self.settings, shapes)
+            return new_network(key, self.layout, self.settings, shapes)
 
         if self.settings.num_networks == 1:
             return make(key)
@@ -302,6 +315,7 @@ class PosteriorEstimator(eqx.Module, Algorithm):
             model: The model; needed for an estimator that was loaded from disk.
         """
         require_fitted(self)
+        refuse_density(self, "as_model")
         model = require_model(self, "Write est.as_model(model).", model)
         if self.layout.conditional:
             raise InvalidModel(
@@ -314,6 +328,10 @@ class PosteriorEstimator(eqx.Module, Algorithm):
     def run(self, problem: Problem, key: Any) -> Posterior:
         if self.settings.compose and composes(self, problem):
             return self._composed(problem, key)
+        if self.settings.pose is not None:
+            law, operands, vectors, messages = gibbs_draws(self, problem, key)
+            values, active = _by_address(law, vectors, operands)
+            return self._posterior(problem, values, active, None, messages)
         example = read_example(self, problem)
         law, operands = make_law(self, problem, example)
         if problem.is_traced or isinstance(key, jax.core.Tracer):
@@ -412,6 +430,15 @@ class PosteriorEstimator(eqx.Module, Algorithm):
         verify(self, problem)
         simulation = {"arguments": problem.arguments, "designs": drawn}
         return dataclasses.replace(self, model=problem.model, simulation=simulation)
+
+    def with_equivariance(self, equivariance: Any) -> Any:
+        """A loaded estimator with the `PoseEquivariance` of training, whose function is not saved.
+
+        Raises:
+            InvalidAlgorithm: It is another one.
+        """
+        require_fitted(self)
+        return attach(self, equivariance)
 
     def save(self, path: Any, *, checks: Any = None) -> Any:
         """Writes the estimator as a folder, without the model; `ab.load` reads it.

@@ -49,11 +49,16 @@ class Novelty(eqx.Module):
         if worst <= _MARGIN:
             return []
         which = "a summary of the data" if by_data >= by_embedding else "the network's embedding"
+        has_density = getattr(est.settings, "pose", None) is None
+        remedy = "Check the model with prior predictive draws"
+        if has_density:
+            remedy += (
+                ", or correct the result with ab.importance(proposal=est) and look at its Pareto k"
+            )
         return [
             f"ab.{est.name}: the data are unlike the simulations the estimator was trained on: "
             f"{which} is {worst:.1f} times as far out as the farthest of {_COUNT} simulations. The "
-            f"posterior may be wrong. Check the model with prior predictive draws, or correct the "
-            f"result with ab.importance(proposal=est) and look at its Pareto k."
+            f"posterior may be wrong. {remedy}."
         ]
 
 

@@ -10,7 +10,9 @@ import jax
 from abduce.amortized.composition import require_composable
 from abduce.amortized.estimator import PosteriorEstimator
 from abduce.amortized.layout import make_layout
-from abduce.amortized.posterior_network import Settings
+from abduce.amortized.pose_equivariance import check_pose, pose_of
+from abduce.amortized.posterior_network import PosteriorTask, Settings
+from abduce.amortized.robustness import check_robustness, require_perturbable
 from abduce.errors import InvalidAlgorithm, InvalidValue, UnknownAddress, suggest
 from abduce.inference.algorithm import check_count
 from abduce.ppl.model import Model
@@ -25,9 +27,11 @@ def npe(
     designs: Model | None = None,
     sizes: Any = None,
     missing: Mapping[str, float] | None = None,
+    equivariance: Any = None,
     head: str = "spline",
     num_candidates: int | None = None,
     frame: bool | None = None,
+    robustness: float = 0.0,
     num_networks: int = 1,
     width: int = 64,
     depth: int = 2,
@@ -62,6 +66,9 @@ def npe(
             number with which the model is staged. None: always that number.
         missing: By address, the mean fraction of entries that will be missing; they are then given
             as `ab.masked(values, observed=mask)`.
+        equivariance: A latent that moves the data in a known way, as
+            `ab.amortized.PoseEquivariance(latent, transform, kernel)`: the network learns from data
+            moved back, and a Gibbs chain finds by how much. Then there are draws, but no density.
         head: Law of the continuous latents: 'spline' (autoregressive spline flow), 'coupling'
             (faster draws, coarser) or 'mixture' (of normals).
         num_candidates: Draws of the estimate that join the true latents in the loss, weighted by
@@ -70,6 +77,10 @@ def npe(
         frame: Whether the head works in the coordinates of Laplace's approximation, which a few
             Newton steps on the model's density give for any data. None: where `num_candidates`
             would be positive by default and the approximation covers prior draws.
+        robustness: Weight in the loss of the trace of the Fisher information of the posterior
+            about the data, in units of their spread (nats per squared spread): how far small
+            changes of the data can move the posterior (Gloeckler, Deistler and Macke 2023). Try
+            0.001 to 0.1, and `ab.checks.run_attack`. For continuous data; without Laplace's frame.
         num_networks: Networks whose equal mixture is used.
         width, depth, context_dim: Of the networks.
         num_layers, num_bins: Of the flow.
@@ -98,15 +109,18 @@ def npe(
         )
     if num_candidates is not None:
         check_count("npe", "num_candidates", num_candidates, 0)
+    robustness = check_robustness("npe", robustness, frame)
     settings = {
         "head": head, "width": width, "depth": depth, "context_dim": context_dim,
         "num_layers": num_layers, "num_bins": num_bins, "num_components": num_components,
         "num_candidates": num_candidates, "num_networks": num_networks, "sets": sets,
-        "precision": precision, "frame": frame,
+        "precision": precision, "frame": False if robustness else frame,
+        "robustness": robustness,
     }  # fmt: skip
     return _make(
-        "npe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
-    )
+        "npe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples,
+        equivariance,
+    )  # fmt: skip
 
 
 def fmpe(
@@ -116,6 +130,7 @@ def fmpe(
     designs: Model | None = None,
     sizes: Any = None,
     missing: Mapping[str, float] | None = None,
+    equivariance: Any = None,
     num_networks: int = 1,
     width: int = 64,
     depth: int = 2,
@@ -141,8 +156,9 @@ def fmpe(
         "num_networks": num_networks, "sets": sets, "precision": precision,
     }  # fmt: skip
     return _make(
-        "fmpe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
-    )
+        "fmpe", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples,
+        equivariance,
+    )  # fmt: skip
 
 
 def npse(
@@ -152,6 +168,7 @@ def npse(
     designs: Model | None = None,
     sizes: Any = None,
     missing: Mapping[str, float] | None = None,
+    equivariance: Any = None,
     compose: bool = False,
     num_networks: int = 1,
     width: int = 64,
@@ -183,8 +200,9 @@ def npse(
         "num_networks": num_networks, "sets": sets, "precision": precision, "compose": compose,
     }  # fmt: skip
     return _make(
-        "npse", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples
-    )
+        "npse", model, args, kwargs, observed, designs, sizes, missing, settings, num_samples,
+        equivariance,
+    )  # fmt: skip
 
 
 def require_density(arguments: Any, name: str) -> None:
@@ -206,6 +224,7 @@ def _make(
     missing: Any,
     settings: dict[str, Any],
     num_samples: int,
+    equivariance: Any,
 ) -> PosteriorEstimator:
     if not isinstance(model, Model):
         raise InvalidAlgorithm(
@@ -233,5 +252,20 @@ def _make(
         require_density(simulation["arguments"], name)
     if settings.get("compose"):
         require_composable(name, layout)
+    if settings.get("robustness"):
+        require_perturbable(
+            f"ab.{name}(robustness=...)", layout, simulation["arguments"], settings["head"]
+        )
+    if equivariance is not None:
+        pose = pose_of(name, equivariance, layout, settings, rates)
+        settings = {**settings, "pose": pose, "num_candidates": 0, "frame": False}
     made = Settings(**settings, missing=tuple(rates.items()))
-    return PosteriorEstimator(name, layout, made, model, simulation, num_samples=num_samples)
+    est = PosteriorEstimator(
+        name, layout, made, model, simulation, num_samples=num_samples, equivariance=equivariance
+    )
+    if equivariance is not None:
+        rows = est.simulate(jax.random.key(0), 256)
+        task = PosteriorTask(layout, made)
+        batch = task.read(rows, jax.random.key(0), {"simulation": simulation, "scales": None})
+        check_pose(name, equivariance, layout, rows, batch, simulation["arguments"])
+    return est

@@ -16,13 +16,16 @@ from abduce.amortized.fitting import with_arguments
 from abduce.amortized.frames import frame_features, laplace_frame, to_frame
 from abduce.amortized.heads import Choices, Flow, Mixture
 from abduce.amortized.layout import Group, Layout, Simulation, continuous_target
-from abduce.amortized.networks import SIZES, Linear, check_settings
+from abduce.amortized.networks import SIZES, Linear, check_settings, squash
+from abduce.amortized.pose_equivariance import Pose
+from abduce.amortized.robustness import no_perturbation, perturbed, sensitivity
 from abduce.errors import InvalidAlgorithm
 from abduce.ppl.operations import outside_scopes
 from abduce.ppl.program import Arguments, stage_packed
 
 __all__ = [
     "HEADS",
+    "PROXY",
     "PosteriorNetwork",
     "PosteriorTask",
     "Settings",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 HEADS = ("spline", "coupling", "mixture", "flow matching", "score")
+PROXY = "<proxy of the pose>"  # among the data of an example; see `abduce.amortized.gnpe`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Settings:
     missing: tuple[tuple[str, float], ...] = ()
     sets: str = "pool"
     compose: bool = False
+    robustness: float = 0.0
+    pose: Pose | None = None
 
     def __post_init__(self):
         check_settings(self, HEADS, (*SIZES, "num_networks"))
@@ -78,9 +84,12 @@ class PosteriorNetwork(eqx.Module):
     def __init__(self, key: Any, layout: Layout, settings: Settings, shapes: Any):
         k1, k2, k3, k4 = jax.random.split(key, 4)
         c = settings.context_dim
+        extra = 2 * layout.dim if settings.frame else 0
+        if settings.pose is not None and not settings.pose.exact:
+            extra = len(settings.pose.kernel)
         self.encoder = Encoder(
             k1, layout, shapes, c, settings.width, settings.depth, settings.precision,
-            2 * layout.dim if settings.frame else 0, settings.sets,
+            extra, settings.sets,
         )  # fmt: skip
         self.choices = self.link = self.head = None
         if layout.discrete:
@@ -145,6 +154,9 @@ def encode(
     """The context of one example: `observed`, `arguments`, `mask` and `missing`."""
     groups = features(scales["features"], raw_features(layout, example, example["missing"]))
     extra = None if frame is None else frame_features(frame)
+    if "proxy" in scales:
+        centre, spread = scales["proxy"]
+        extra = squash((example["observed"][PROXY] - centre) / spread)
     return network.encoder(groups, example["mask"], extra)
 
 
@@ -230,6 +242,13 @@ class PosteriorTask:
         context = encode(layout, network, scales, example, frame)
         discrete = flat_discrete(layout, example["discrete"])
         total = jnp.zeros((), jnp.result_type(float))
+        if self.settings.robustness:
+            total = total + self.settings.robustness * sensitivity(
+                network,
+                lambda d: encode(layout, network, scales, perturbed(layout, scales, example, d)),
+                no_perturbation(example),
+                jax.random.fold_in(key, 1),
+            )
         if network.choices is not None:
             total = total - network.choices.log_density(context, discrete)
         if network.head is not None:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from abduce.amortized.gnpe import new_network
 from abduce.amortized.layout import Layout
 from abduce.amortized.novelty import Novelty
-from abduce.amortized.posterior_network import PosteriorNetwork, Settings
+from abduce.amortized.posterior_network import Settings
 from abduce.amortized.probes import Probes
 from abduce.inference.encoding import LoadError
 from abduce.inference.persistence import save_folder
@@ -183,10 +184,16 @@ def estimator_from_saved(config: dict[str, Any], arrays: dict[str, Any], where: 
     def blank(shape):
         return (jax.ShapeDtypeStruct(shape, jnp.result_type(float)),) * 2
 
-    scales = {"u": blank((layout.dim,)), "features": [blank(s) for s in features]}
+    scales: dict[str, Any] = {"u": blank((layout.dim,)), "features": [blank(s) for s in features]}
+    if settings.pose is not None:
+        proxy = blank((len(settings.pose.kernel),))
+        scales["start"] = {"u": proxy, "features": scales["features"]}
+        scales["moved"] = {a: blank(s)[0] for a, s in layout.shapes}
+        if not settings.pose.exact:
+            scales["proxy"] = proxy
     scales = fill(scales, arrays, "scales", where)
     _check_network(layout, settings, arrays, where)
-    network = blueprint(lambda key: PosteriorNetwork(key, layout, settings, shapes), where)
+    network = blueprint(lambda key: new_network(key, layout, settings, shapes), where)
     if settings.num_networks > 1:
         network = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((settings.num_networks, *x.shape), x.dtype)
@@ -299,6 +306,7 @@ def _check_network(layout: Layout, settings: Settings, arrays: Any, where: str) 
     lengths = {n: getattr(settings, n) for n in names}
     check_lengths(lengths, arrays, "network", where)
     drawn = sum(d.size for d in layout.discrete)
-    nets = np.shape(arrays.get("network.choices.nets.first.bias", ()))
+    part = "network" if settings.pose is None else "network.main"
+    nets = np.shape(arrays.get(f"{part}.choices.nets.first.bias", ()))
     if layout.discrete and nets[-2:-1] != (drawn,):
         raise LoadError(f"{where}: there are no networks for {drawn} discrete latents.")

@@ -249,6 +249,7 @@ def test_a_guide_is_fitted_to_the_learned_model(fitted):
         assert float(post[site].std()) == pytest.approx(sd, rel=0.3), site
 
 
+@pytest.mark.slow
 def test_ratios_are_densities_up_to_a_constant_of_the_data():
     est = ab.nre(normal, 4, observed="y", width=32, depth=1)
     est = est.fit(jax.random.key(0), num_steps=600, learning_rate=3e-3, progress_bar=False)

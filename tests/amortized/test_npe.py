@@ -276,6 +276,7 @@ def test_discrete_latents_have_exact_evidence():
     assert abs(post.log_evidence - exact) < 6 * post.diagnostics["log_evidence_se"] + 1e-5
 
 
+@pytest.mark.slow
 def test_missing_entries_widen_the_posterior():
     @ab.model
     def pair():

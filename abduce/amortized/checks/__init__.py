@@ -3,6 +3,7 @@
 Each has a costly part, `run_*`, that infers, and a part of pure functions of arrays, `check_*`.
 """
 
+from abduce.amortized.checks.attack import check_attack, run_attack
 from abduce.amortized.checks.c2st import c2st
 from abduce.amortized.checks.calibration import Calibration
 from abduce.amortized.checks.coverage import check_coverage
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "c2st",
     "check_all",
+    "check_attack",
     "check_coverage",
     "check_lc2st",
     "check_misspecification",
@@ -28,6 +30,7 @@ __all__ = [
     "check_sbc",
     "check_tarp",
     "run_all",
+    "run_attack",
     "run_calibration",
     "run_lc2st",
     "run_misspecification",

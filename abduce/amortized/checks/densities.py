@@ -21,7 +21,8 @@ def posterior_model(algorithm: Any, model: Any, post: Any) -> Model | None:
     density that `post.as_model()` makes of draws does not count: it depends on the draws
     themselves, which would then not be exchangeable with the true value.
     """
-    if hasattr(algorithm, "as_model"):
+    has_draws_alone = getattr(getattr(algorithm, "settings", None), "pose", None) is not None
+    if hasattr(algorithm, "as_model") and not has_draws_alone:
         return as_proposal(algorithm, model, "checks")
     if post is not None and isinstance(post.resume, dict) and "guide" in post.resume:
         return post.as_model()
