@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flows", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--planar-steps", type=int, default=4000)
-    parser.add_argument("--spline-steps", type=int, default=8000)
+    parser.add_argument("--spline-steps", type=int, default=12000)
     parser.add_argument("--only", nargs="*", default=None, help="energies, e.g. U1 U4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="flows", help="stem of the result files")
