@@ -228,6 +228,10 @@ def main() -> None:
     records = []
     for name in options.only:
         records += _train(name, train, test, options.epochs, options.seeds)
+        _write(records, options)  # a run that is stopped leaves what it has
+
+
+def _write(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     shown = sorted({1, 2, *range(0, options.epochs + 1, 4)} - {0})
     header = [
         "presences", "run", "plan", "s / epoch", "CPU s / epoch", "first call, s",
