@@ -133,6 +133,21 @@ def test_a_collider_joins_its_parents_if_data_are_below_it():
     }  # fmt: skip
 
 
+def test_a_circle_needs_one_more_edge():
+    # Neighbours on a circle of four share data. Without the first, its neighbours depend on each
+    # other: five edges, of which one joins opposite sites, and none can go.
+    @ab.model
+    def circle():
+        x = [ab.sample(a, dist.Normal(0.0, 1.0)) for a in "abcd"]
+        for i in range(4):
+            ab.sample(f"y{i}", dist.Normal(x[i] + x[(i + 1) % 4], 1.0))
+
+    found = inverse(circle, (), {f"y{i}": 0.0 for i in range(4)})
+    edges = {frozenset((child, p)) for child, parents in found.items() for p in parents}
+    sides = {frozenset(pair) for pair in ("ab", "bc", "cd", "da")}
+    assert sides < edges and len(edges) == 5
+
+
 def test_indices_that_are_data_keep_groups_apart():
     found = inverse(groups, (INDEX, X), {"y": jnp.zeros(5)})
     assert found["level[1]"] == {"m"}
